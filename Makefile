@@ -1,0 +1,60 @@
+# Two commands matter: `make demo` and `make test`. Each builds .venv by itself, from the versions in constraints.txt, and again
+# only when pyproject.toml or constraints.txt changed. PYTHON=python3.12 chooses another interpreter.
+
+BIN := .venv/bin
+WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+
+# One thread a process: the tests already run one process for each core. PYTHONSAFEPATH keeps the repository root off sys.path,
+# where kernels/ would be found as a package.
+TEST_ENV := OMP_NUM_THREADS=1 PYTHONSAFEPATH=1
+
+.PHONY: help demo test test-slow lint format freeze clean
+
+help:
+	@echo "make demo       translate the sample drawings with the built-in checkpoint; writes demo/report.html"
+	@echo "make test       the tests"
+	@echo "make test-slow  the tests that take minutes: training that is killed, two processes, real quality"
+	@echo "make lint       style, types and import rules (\`make test\` checks them too)"
+	@echo "make format     put the style right"
+	@echo "make freeze     write the versions that .venv holds now to constraints.txt"
+	@echo "make clean      remove .venv and caches"
+
+demo: .venv/installed
+	$(BIN)/clipdit demo --out demo
+
+test: .venv/installed
+	$(TEST_ENV) $(BIN)/pytest -n $(WORKERS) -m "not slow"
+
+test-slow: .venv/installed
+	$(TEST_ENV) $(BIN)/pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --level error
+	$(BIN)/lint-imports --no-cache
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Without `+cpu` and the like: that part names a download, not a version.
+freeze: .venv/installed
+	{ grep '^#' constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+.*//' | sort -f; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
+
+# setuptools comes first, at its pinned version, and builds without isolation: an isolated build would fetch the newest one.
+.venv/installed: pyproject.toml constraints.txt
+	@python=""; for name in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
+	  if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$name; break; fi; done; \
+	if [ -z "$$python" ]; then \
+	  echo "clipdit needs Python 3.11 or newer; $(or $(PYTHON),python3) is `$(or $(PYTHON),python3) --version 2>&1`. Install one, or name it: make PYTHON=/path/to/python3"; \
+	  exit 2; fi; \
+	[ -x $(BIN)/pip ] || $$python -m venv .venv || { rm -rf .venv; exit 2; }
+	@echo "installing into .venv; the first time takes about two minutes"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,164 @@
+"""Latents and CLIP features of every pair, computed once: during training the VAE and CLIP are not run at all.
+
+The cache is a folder of plain .npy files, read by memory map, so it may be larger than memory. Its name carries a hash of all that
+it was computed from (pixels' files, VAE, CLIP, size, augmentation); a folder of another hash is simply another cache.
+Augmentation happens before encoding: each pair has `views`, of which the first is the pair as it is.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.lib.format import open_memmap
+from tqdm.auto import tqdm
+
+from clipdit.data.augment import Augment, view
+from clipdit.data.layouts import Pair
+from clipdit.images import to_float
+from clipdit.model.autoencoder import Autoencoder
+from clipdit.model.clip import ClipImageEncoder
+from clipdit.train.task import Batch
+
+logger = logging.getLogger(__name__)
+PARTS = ("target", "source", "tokens", "pooled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Of the target latents, by channel."""
+
+    mean: list[float]
+    std: list[float]
+
+
+class LatentCache:
+    """Rows of target latent, source latent, CLIP tokens and CLIP embedding (the last two absent without CLIP), float16.
+
+    Row `pair * views + view`; latents as the VAE has them, not standardised."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        self.views: int = self.about["views"]
+        self.pairs: int = self.about["pairs"]
+        self.statistics = Statistics(**self.about["statistics"])
+        self._parts = {p: np.load(folder / f"{p}.npy", mmap_mode="r") for p in PARTS if (folder / f"{p}.npy").exists()}
+        self._mean = torch.tensor(self.statistics.mean).reshape(1, -1, 1, 1)
+        self._std = torch.tensor(self.statistics.std).reshape(1, -1, 1, 1)
+
+    def rows(self, indices: Int[np.ndarray, "B"]) -> Batch:
+        """Rows as float32 tensors, latents standardised: target and source (B, C, h, w), tokens (B, M, E), pooled (B, P)."""
+        batch = {name: torch.from_numpy(part[indices].astype(np.float32)) for name, part in self._parts.items()}
+        for name in ("target", "source"):
+            batch[name] = (batch[name] - self._mean) / self._std
+        return batch
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.nbytes for part in self._parts.values())
+
+
+def fingerprint(module: torch.nn.Module | None) -> str:
+    """A hash of a network's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()) if module is not None else []:
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def build_cache(
+    folder: Path,
+    pairs: Sequence[Pair],
+    autoencoder: Autoencoder,
+    clip: ClipImageEncoder | None,
+    settings: Augment,
+    *,
+    size: tuple[int, int],
+    batch_size: int = 32,
+) -> LatentCache:
+    """The cache of these pairs below `folder`; computed if it is not there, whole or not at all.
+
+    `autoencoder` must not standardise yet: its statistics are what is measured here. ValueError when there are no pairs.
+    """
+    if not pairs:
+        raise ValueError("there are no pairs in this split; see `clipdit data check` for what was found")
+    views = settings.views
+    key = {
+        "files": [[p.id, str(p.source_half), *_stamp(p.source), *_stamp(p.target)] for p in pairs],
+        "vae": fingerprint(autoencoder.vae),
+        "clip": fingerprint(clip.model if clip else None),
+        "size": size,
+        "augment": asdict(settings),
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    if (folder / name / "about.json").exists():
+        logger.info("using the cache %s", folder / name)
+        return LatentCache(folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder))
+    try:
+        _fill(part, pairs, autoencoder, clip, settings, size, batch_size, views)
+        os.replace(part, folder / name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    cache = LatentCache(folder / name)
+    logger.info("cached %d pairs x %d views, %.0f MB, in %s", len(pairs), views, cache.bytes / 1e6, folder / name)
+    return cache
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return str(path.resolve()), stat.st_size, stat.st_mtime_ns
+
+
+def _fill(
+    part: Path,
+    pairs: Sequence[Pair],
+    autoencoder: Autoencoder,
+    clip: ClipImageEncoder | None,
+    settings: Augment,
+    size: tuple[int, int],
+    batch_size: int,
+    views: int,
+) -> None:
+    device = next(autoencoder.parameters()).device
+    total = len(pairs) * views
+    cells = (autoencoder.latent_channels, size[0] // autoencoder.downscale, size[1] // autoencoder.downscale)
+    shapes = {"target": cells, "source": cells}
+    if clip is not None:
+        shapes |= {"tokens": (clip.tokens, clip.token_width), "pooled": (clip.embedding_width,)}
+    arrays = {n: open_memmap(part / f"{n}.npy", mode="w+", dtype=np.float16, shape=(total, *s)) for n, s in shapes.items()}
+    sums = torch.zeros(2, cells[0], dtype=torch.float64)
+    with tqdm(total=total, desc="caching latents", unit="image", disable=None) as bar:
+        for start in range(0, total, batch_size):
+            images = []
+            for row in range(start, min(start + batch_size, total)):
+                pair = pairs[row // views]
+                images.append(torch.stack(view(*pair.read(size), settings, pair.id, row % views)))
+            source, target = to_float(torch.stack(images).to(device)).unbind(1)
+            end = start + len(images)
+            latents = {"target": autoencoder.encode(target).float().cpu(), "source": autoencoder.encode(source).float().cpu()}
+            for name, latent in latents.items():
+                arrays[name][start:end] = latent.numpy()
+            sums += torch.stack((latents["target"].double().sum((0, 2, 3)), latents["target"].double().square().sum((0, 2, 3))))
+            if clip is not None:
+                tokens, pooled = clip(source)
+                arrays["tokens"][start:end], arrays["pooled"][start:end] = tokens.cpu().numpy(), pooled.cpu().numpy()
+            bar.update(len(images))
+    for array in arrays.values():
+        array.flush()
+    mean, square = sums / (total * cells[1] * cells[2])
+    std = (square - mean.square()).clamp(min=1e-8).sqrt()
+    about = {"pairs": len(pairs), "views": views, "statistics": asdict(Statistics(mean=mean.tolist(), std=std.tolist()))}
+    (part / "about.json").write_text(json.dumps(about), encoding="utf-8")

@@ -1,0 +1,133 @@
+"""The configuration of a run: dataclasses that stand beside what they configure, put together. presets.py fills them in.
+
+A run folder keeps its experiment, resolved, as experiment.json: nobody types the model's width twice.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import tyro
+
+from clipdit.data.augment import Augment
+from clipdit.data.layouts import Direction
+from clipdit.diffusion import DDPM
+from clipdit.flow import FlowMatching
+from clipdit.model.dit import SIZES, Conditioning, DiT, Norm, Positions
+from clipdit.train.autoencoder import AutoencoderSettings
+from clipdit.train.clip import ClipSettings
+from clipdit.train.loop import TrainSettings
+from clipdit.train.state import replace_file
+from clipdit.train.translation import LossSettings
+
+EXPERIMENT_FILE = "experiment.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSettings:
+    """Which pairs, and at what size."""
+
+    size: int = 256
+    """Height and width of training, pixels; images are fitted by padding."""
+    direction: Direction = "AtoB"
+    """Which side is the source; see docs/data.md."""
+    augment: Augment = field(default_factory=Augment)
+    """Versions of each pair that are cached."""
+    cache: Path | None = None
+    """Folder of cached latents, to share among runs; none: `cache/` in the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The DiT; what its input looks like follows from the VAE and CLIP in use."""
+
+    width: int = 384
+    """D, the width of the tokens."""
+    depth: int = 12
+    """Blocks."""
+    heads: int = 6
+    """Attention heads; 64 wide ones suit fused kernels."""
+    patch: int = 2
+    """Latent cells in a token, along one side: 1, 2 or 4."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over D."""
+    conditioning: Conditioning = "both"
+    """How the source reaches the DiT: clip (the paper's way), concat (its latent), or both."""
+    cross_attention_every: int = 1
+    """A block in so many reads CLIP's patch tokens; 0 is none, as in the paper."""
+    qk_norm: bool = True
+    """RMSNorm on queries and keys; steadier at large learning rates."""
+    norm: Norm = "layer"
+    """Before each branch."""
+    positions: Positions = "rope"
+    """rope works at any size; sincos is DiT's, a little faster."""
+
+    @classmethod
+    def of_size(cls, name: str, patch: int = 2, **changes) -> "ModelSettings":
+        """DiT-Ti, S, B, L or XL of Peebles & Xie 2023, such as `of_size("B")` for DiT-B/2."""
+        width, depth, heads = SIZES[name]
+        return cls(width=width, depth=depth, heads=heads, patch=patch, **changes)
+
+    def make(self, *, latent_channels: int, clip_token_width: int, clip_embedding_width: int) -> DiT:
+        """A fresh DiT."""
+        return DiT(
+            **asdict(self),
+            latent_channels=latent_channels,
+            clip_token_width=clip_token_width,
+            clip_embedding_width=clip_embedding_width,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationExperiment:
+    """Pairs -> a checkpoint that translates."""
+
+    vae: str
+    """The VAE: a folder, a checkpoint to take it from, or a hub id."""
+    clip: str | None
+    """The CLIP image encoder, likewise; not used with conditioning "concat" and no CLIP-similarity loss."""
+    pairs: PairSettings = field(default_factory=PairSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    objective: tyro.conf.AvoidSubcommands[FlowMatching | DDPM] = field(default_factory=FlowMatching)
+    loss: LossSettings = field(default_factory=LossSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    drop_condition: float = 0.1
+    """Share of the images whose source is withheld in training, so that guidance has something to subtract."""
+    steps: int = 20
+    """Default sampling steps of the checkpoint."""
+    guidance: float = 1.0
+    """Default guidance of the checkpoint; 1 is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderExperiment:
+    """Images of pairs -> a VAE (`vae/` in the run folder)."""
+
+    pairs: PairSettings = field(default_factory=PairSettings)
+    model: AutoencoderSettings = field(default_factory=AutoencoderSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipExperiment:
+    """Images of pairs and their names -> a CLIP (`clip/` in the run folder)."""
+
+    pairs: PairSettings = field(default_factory=PairSettings)
+    model: ClipSettings = field(default_factory=ClipSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+
+Experiment = TranslationExperiment | AutoencoderExperiment | ClipExperiment
+
+
+def to_json(experiment: Experiment, preset: str) -> dict:
+    """The resolved experiment as plain data."""
+    plain = json.loads(json.dumps(asdict(experiment), default=str))
+    objective = getattr(experiment, "objective", None)
+    return {"preset": preset, **plain} | (
+        {"objective": {"kind": type(objective).__name__, **plain["objective"]}} if objective else {}
+    )
+
+
+def write_experiment(folder: Path, plain: dict) -> None:
+    replace_file(folder / EXPERIMENT_FILE, lambda temporary: temporary.write_text(json.dumps(plain, indent=2) + "\n"))

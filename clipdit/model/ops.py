@@ -1,0 +1,129 @@
+"""The plain definition of every operation that has, or may get, a fused twin. Pure functions of tensors; no parameters here.
+
+A fused twin has the same name and the same signature, and is tested against what stands here. Widths and shapes follow the
+legend in clipdit/shapes.py; `heads` is the number of attention heads.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+Rows = Float[Tensor, "B N D"]
+PerImage = Float[Tensor, "B 1 D"]
+
+
+def layer_norm(x: Rows, *, eps: float = 1e-6) -> Rows:
+    """LayerNorm without parameters: adaLN brings scale and shift (Peebles & Xie 2023, sec. 3.2). Statistics in fp32."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+
+
+def rms_norm(x: Float[Tensor, "*S D"], weight: Float[Tensor, "D"] | None = None, *, eps: float = 1e-6) -> Float[Tensor, "*S D"]:
+    """x / rms(x) (Zhang & Sennrich 2019). Statistics in fp32."""
+    return F.rms_norm(x.float(), x.shape[-1:], weight=None if weight is None else weight.float(), eps=eps).to(x.dtype)
+
+
+def modulate(x: Rows, shift: PerImage, scale: PerImage) -> Rows:
+    """adaLN: x * (1 + scale) + shift, one shift and scale an image."""
+    return x * (1 + scale) + shift
+
+
+def norm_modulate(x: Rows, shift: PerImage, scale: PerImage, *, norm: str = "layer", eps: float = 1e-6) -> Rows:
+    """Normalise, then modulate. `norm` is "layer" or "rms"."""
+    normed = layer_norm(x, eps=eps) if norm == "layer" else rms_norm(x, eps=eps)
+    return modulate(normed, shift.to(x.dtype), scale.to(x.dtype))
+
+
+def gate_residual(residual: Rows, branch: Rows, gate: PerImage) -> Rows:
+    """residual + gate * branch (adaLN-Zero). The residual keeps its own dtype: it is where fp16 overflows."""
+    return residual + gate.to(residual.dtype) * branch.to(residual.dtype)
+
+
+def gate_residual_norm_modulate(
+    residual: Rows, branch: Rows, gate: PerImage, shift: PerImage, scale: PerImage, *, norm: str = "layer", eps: float = 1e-6
+) -> tuple[Rows, Rows]:
+    """The end of one branch and the start of the next in one pass: (new residual, its normalised and modulated copy)."""
+    residual = gate_residual(residual, branch, gate)
+    return residual, norm_modulate(residual, shift, scale, norm=norm, eps=eps)
+
+
+def gelu_mlp(x: Rows, w1: Float[Tensor, "F D"], b1: Float[Tensor, "F"], w2: Float[Tensor, "D F"], b2: Float[Tensor, "D"]) -> Rows:
+    """fc2(gelu_tanh(fc1(x))), the MLP of DiT."""
+    return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
+
+
+def rotate(x: Float[Tensor, "B heads N d"], cos: Float[Tensor, "N d"], sin: Float[Tensor, "N d"]) -> Float[Tensor, "B heads N d"]:
+    """Rotary positions on adjacent halves (Su et al. 2021): x * cos + rotate_half(x) * sin. Computed in fp32."""
+    a, b = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+
+
+def attention(q: Rows, k: Float[Tensor, "B M D"], v: Float[Tensor, "B M D"], *, heads: int) -> Rows:
+    """Softmax attention over `heads` heads, self (M = N) or cross; scale 1 / sqrt(head dim)."""
+    q, k, v = (rearrange(z, "B N (heads d) -> B heads N d", heads=heads) for z in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "B heads N d -> B N (heads d)")
+
+
+def qkv_attention(
+    qkv: Float[Tensor, "B N three_D"],
+    *,
+    heads: int,
+    q_weight: Float[Tensor, "d"] | None = None,
+    k_weight: Float[Tensor, "d"] | None = None,
+    rotary: tuple[Float[Tensor, "N d"], Float[Tensor, "N d"]] | None = None,
+) -> Float[Tensor, "B N D"]:
+    """Self-attention from the packed projection: QK-norm (Dehghani et al. 2023), rotary positions, attention."""
+    q, k, v = rearrange(qkv, "B N (three heads d) -> three B heads N d", three=3, heads=heads)
+    if q_weight is not None:
+        q, k = rms_norm(q, q_weight), rms_norm(k, k_weight)
+    if rotary is not None:
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "B heads N d -> B N (heads d)")
+
+
+def patchify(x: Float[Tensor, "B C h w"], patch: int) -> Float[Tensor, "B N K"]:
+    """Latent -> tokens in row-major order, K = patch * patch * C with the channel slowest."""
+    return rearrange(x, "B C (h p) (w q) -> B (h w) (C p q)", p=patch, q=patch)
+
+
+def unpatchify(x: Float[Tensor, "B N K"], patch: int, height: int, width: int) -> Float[Tensor, "B C h w"]:
+    """The inverse of `patchify`; height and width of the latent, cells."""
+    return rearrange(x, "B (h w) (C p q) -> B C (h p) (w q)", p=patch, q=patch, h=height // patch, w=width // patch)
+
+
+def time_features(t: Float[Tensor, "B"], width: int, *, max_period: float = 10_000.0) -> Float[Tensor, "B width"]:
+    """Sinusoids of 1000 t (DDPM's range of time steps), cosines first, fp32 (Vaswani et al. 2017, as in DiT)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    angles = 1000.0 * t.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def sincos_positions(rows: int, columns: int, width: int, device: torch.device | None = None) -> Float[Tensor, "N width"]:
+    """Fixed 2-D sine-cosine positions, half of the width for each axis (He et al. 2022, as in DiT), fp32."""
+    quarter = width // 4
+    omega = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+    axes = []
+    for length in (rows, columns):
+        angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * omega
+        axes.append(torch.cat((angles.sin(), angles.cos()), dim=-1))
+    down = axes[0][:, None].expand(rows, columns, width // 2)
+    across = axes[1][None].expand(rows, columns, width // 2)
+    return torch.cat((down, across), dim=-1).reshape(rows * columns, width)
+
+
+def rotary_positions(
+    rows: int, columns: int, head_dim: int, device: torch.device | None = None
+) -> tuple[Float[Tensor, "N d"], Float[Tensor, "N d"]]:
+    """cos and sin of 2-D rotary positions: a quarter of the head turns with the row, a quarter with the column, both halves
+    alike (axial RoPE, Heo et al. 2024, base 100 because latents have tens of cells a side, not thousands of words)."""
+    quarter = head_dim // 4
+    omega = 100.0 ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+    row = torch.arange(rows, dtype=torch.float32, device=device)[:, None, None] * omega
+    column = torch.arange(columns, dtype=torch.float32, device=device)[None, :, None] * omega
+    angles = torch.cat((row.expand(rows, columns, quarter), column.expand(rows, columns, quarter)), dim=-1)
+    angles = angles.reshape(rows * columns, 2 * quarter).repeat(1, 2)
+    return angles.cos(), angles.sin()

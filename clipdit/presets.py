@@ -1,0 +1,128 @@
+"""The runs that have a name. A preset is a function; a variant calls another and replaces fields.
+
+`clipdit train NAME --data DIR --out RUN` runs one, `clipdit train NAME --help` lists every setting that can be overridden.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from clipdit.data.augment import Augment
+from clipdit.diffusion import DDPM
+from clipdit.experiment import (
+    AutoencoderExperiment,
+    ClipExperiment,
+    Experiment,
+    ModelSettings,
+    PairSettings,
+    TranslationExperiment,
+)
+from clipdit.train.loop import TrainSettings
+
+BUILT_IN = "built-in"
+"""The VAE and CLIP of the checkpoint that comes with the package."""
+
+
+def emoji_vae() -> AutoencoderExperiment:
+    """The small VAE of the built-in checkpoint: 8 pixels a cell, 16 channels, 2.3 M parameters."""
+    return AutoencoderExperiment(
+        pairs=PairSettings(size=128),
+        train=TrainSettings(steps=3000, batch_size=16, lr=1e-3, ema_decay=0.998, warmup_steps=100),
+    )
+
+
+def emoji_clip() -> ClipExperiment:
+    """The small CLIP of the built-in checkpoint: drawings, renders and names of emoji."""
+    return ClipExperiment(
+        pairs=PairSettings(size=128),
+        train=TrainSettings(steps=1500, batch_size=96, lr=1e-3, weight_decay=0.1, ema_decay=0.998, warmup_steps=100),
+    )
+
+
+def edges2emoji() -> TranslationExperiment:
+    """Line drawings to coloured 3-D emoji at 128 px: the built-in checkpoint."""
+    return TranslationExperiment(
+        vae=BUILT_IN,
+        clip=BUILT_IN,
+        pairs=PairSettings(
+            size=128,
+            augment=Augment(views=8, max_rotation_degrees=8, max_zoom=0.12, max_shift=0.04),
+        ),
+        model=ModelSettings(
+            width=256, depth=8, heads=4, cross_attention_every=4, mlp_ratio=3.0, qk_norm=False, positions="sincos"
+        ),
+        train=TrainSettings(steps=12_000, batch_size=64, lr=1e-3, ema_decay=0.999),
+        steps=20,
+        guidance=1.5,
+    )
+
+
+def edges2shoes() -> TranslationExperiment:
+    """Edge maps to photographs of shoes (side-by-side files) at 128 px: about an hour on two CPU cores."""
+    return replace(edges2emoji(), vae="madebyollin/taesd", clip="openai/clip-vit-base-patch32", pairs=PairSettings(size=128))
+
+
+def face2comics() -> TranslationExperiment:
+    """Photographs of faces to comics (two folders) at 256 px with DiT-S/2."""
+    return TranslationExperiment(
+        vae="stabilityai/sd-vae-ft-mse",
+        clip="openai/clip-vit-large-patch14",
+        model=ModelSettings.of_size("S"),
+    )
+
+
+def paper(base: TranslationExperiment) -> TranslationExperiment:
+    """The recipe of arXiv 2505.16001 on the data of `base`: noise prediction (DDPM), the CLIP embedding through adaLN alone,
+    CLIP-similarity and LPIPS losses.
+
+    The paper does not state its loss weights, schedule, size, steps or sampler: the weights 0.1, the linear schedule of Ho et al.
+    2020, the model's size and 50 DDIM steps are our choices.
+    """
+    return replace(
+        base,
+        model=replace(base.model, conditioning="clip", cross_attention_every=0),
+        objective=DDPM(),
+        loss=replace(base.loss, clip_similarity=0.1, perceptual=0.1),
+        steps=50,
+        guidance=1.0,
+    )
+
+
+def paper_edges2shoes() -> TranslationExperiment:
+    """The paper's recipe on edges2shoes at 256 px with DiT-B/2, CLIP ViT-L/14 and LPIPS (our choice of size and VAE)."""
+    base = TranslationExperiment(
+        vae="stabilityai/sd-vae-ft-mse", clip="openai/clip-vit-large-patch14", model=ModelSettings.of_size("B")
+    )
+    recipe = paper(base)
+    return replace(recipe, loss=replace(recipe.loss, perceptual_network="lpips"))
+
+
+def paper_face2comics() -> TranslationExperiment:
+    """The paper's recipe on face2comics; all settings as in paper_edges2shoes."""
+    return paper_edges2shoes()
+
+
+def paper_edges2emoji() -> TranslationExperiment:
+    """The paper's recipe at the size, on the data and with the VAE and CLIP of edges2emoji."""
+    return paper(edges2emoji())
+
+
+def yardstick() -> TranslationExperiment:
+    """A plain DiT without CLIP, flips only: what half an hour on two CPU cores gives without any of our additions."""
+    base = edges2emoji()
+    return replace(
+        base,
+        clip=None,
+        pairs=PairSettings(size=128),
+        model=ModelSettings(width=256, depth=8, heads=4, conditioning="concat", qk_norm=False, positions="sincos"),
+        train=TrainSettings(steps=100_000, batch_size=32, lr=5e-4, schedule="constant"),
+        drop_condition=0.0,
+        guidance=1.0,
+    )
+
+
+PRESETS: dict[str, Callable[[], Experiment]] = {
+    function.__name__: function
+    for function in (
+        edges2emoji, edges2shoes, face2comics, paper_edges2shoes, paper_face2comics, paper_edges2emoji, yardstick, emoji_vae, emoji_clip,
+    )
+}  # fmt: skip

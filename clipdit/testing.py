@@ -1,0 +1,100 @@
+"""For tests, ours and yours: a whole checkpoint in a few hundred kilobytes, and the tolerances that every test of a backend shares.
+
+A tolerance is never widened without a reason written beside it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from clipdit.flow import FlowMatching
+from clipdit.model.dit import Conditioning, DiT
+from clipdit.objective import Objective
+from clipdit.pipeline import ClipDiTPipeline, save_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How far two computations of the same thing may be apart."""
+
+    relative: float
+    """Of latents, conditions and predictions: largest difference over the largest magnitude."""
+    levels: int
+    """Of images: largest difference of a pixel, of 255."""
+
+
+TOLERANCES = {
+    # Matrix products choose another kernel, and so another order of summation, for another batch size or another device.
+    torch.float32: Tolerance(relative=1e-4, levels=1),
+    # 11 bits of mantissa
+    torch.float16: Tolerance(relative=2e-2, levels=6),
+    # 8 bits of mantissa: one rounding is 0.4 %, and a network rounds after every layer
+    torch.bfloat16: Tolerance(relative=6e-2, levels=16),
+}
+"""By the dtype of `Limits`: between batch sizes, and between a backend and eager in float32."""
+
+
+def tiny_pipeline(
+    *, conditioning: Conditioning = "both", objective: Objective | None = None, image_size: tuple[int, int] = (32, 32), seed: int = 0
+) -> ClipDiTPipeline:
+    """A pipeline of random networks whose every part matters to the result: 8 blocks of nothing are left at zero.
+
+    AutoencoderKL with 4 channels, 4 pixels a cell; DiT of 2 blocks, width 32; CLIP of 2 layers, 16 tokens. The objective is flow
+    matching if none is given."""
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 16),
+            latent_channels=4,
+            norm_num_groups=4,
+            mid_block_add_attention=False,
+            scaling_factor=1.0,
+        )
+        clip = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(
+                hidden_size=24,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=32,
+                patch_size=8,
+                projection_dim=16,
+            )
+        )
+        dit = DiT(
+            latent_channels=4,
+            width=32,
+            depth=2,
+            heads=2,
+            conditioning=conditioning,
+            clip_token_width=24,
+            clip_embedding_width=16,
+        )
+        for parameter in dit.parameters():
+            if not parameter.any():  # zero at the start of training: such a network would ignore its condition
+                nn.init.normal_(parameter, std=0.1)
+        return ClipDiTPipeline(
+            dit,
+            vae,
+            (objective or FlowMatching()).to_scheduler(),
+            clip if conditioning != "concat" else None,
+            latents_mean=[0.1, -0.1, 0.0, 0.2],
+            latents_std=[0.5, 0.4, 0.6, 0.5],
+            image_size=image_size,
+            default_steps=4,
+        )
+    finally:
+        torch.random.set_rng_state(generator_state)
+
+
+def tiny_checkpoint(folder: Path, **options) -> Path:
+    """`tiny_pipeline`, saved; returns the folder. Options as there."""
+    save_checkpoint(tiny_pipeline(**options), folder)
+    return folder

@@ -1,0 +1,184 @@
+"""The backends that run a checkpoint folder with PyTorch: eager, the reference that all others are compared with, and compiled.
+
+What depends on the source alone (keys, values, the projected source latent) is computed at the first `velocity` of a condition
+and kept for as long as the caller keeps that condition, so a step of the loop runs the blocks and nothing else.
+"""
+
+import hashlib
+import shutil
+import sysconfig
+from collections.abc import Callable
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from uuid import uuid4
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from clipdit.backend import Condition, Limits
+from clipdit.images import to_float, to_u8
+from clipdit.model.dit import Context, DiT
+from clipdit.pipeline import PARTS, ClipDiTPipeline, load_checkpoint
+from clipdit.sampling import SamplingTable
+from clipdit.shapes import ImageU8, Latent, Time
+
+Step = Callable[[Tensor, Tensor, Context], Tensor]
+"""(x, t, context) -> prediction: what runs at every step."""
+
+
+class EagerBackend:
+    """A pipeline as it is, on the device and in the dtype it has. `open` brings one from a folder.
+
+    Args:
+        pipeline: with all parts on one device; it is used, not copied, and not changed.
+        folder: where it was loaded from, if it is unchanged since; gives the fingerprint.
+    """
+
+    name = "eager"
+    preference = 10
+
+    def __init__(self, pipeline: ClipDiTPipeline, *, folder: Path | None = None):
+        dit, autoencoder = pipeline.transformer, pipeline.autoencoder
+        self.limits = Limits(
+            device=dit.device,
+            dtype=dit.dtype,
+            max_batch=None,
+            sizes=None,
+            multiple=autoencoder.downscale * dit.config["patch"],
+            native_size=pipeline.native_size,
+            latent_channels=autoencoder.latent_channels,
+            downscale=autoencoder.downscale,
+        )
+        self.defaults = pipeline.sampling_defaults
+        self._folder = folder
+        self._open_pipeline: ClipDiTPipeline | None = pipeline
+        self._contexts: WeakKeyDictionary[Condition, Context] = WeakKeyDictionary()
+        self._step: Step | None = self._build_step(dit)
+
+    @classmethod
+    def why_not(cls, folder: Path) -> str | None:
+        """Whether this is a checkpoint folder; its files are looked at when it is opened."""
+        if not folder.is_dir():
+            return f"there is no folder {folder}; wanted a checkpoint made by `clipdit train`"
+        if not (folder / "model_index.json").exists():
+            return f"{folder} holds no model_index.json, so it is no checkpoint; wanted a folder made by `clipdit train`"
+        return None
+
+    @classmethod
+    def open(cls, folder: Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> "EagerBackend":
+        """Load a checkpoint folder. device None is CUDA where there is one, else the CPU; dtype None is bfloat16 on a GPU that
+        computes in it, else float32. ValueError for a folder that is damaged, or a device that is not there."""
+        device = best_device() if device is None else device
+        _check_device(device)
+        dtype = best_dtype(device) if dtype is None else dtype
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; wanted float32, bfloat16 or float16")
+        pipeline = load_checkpoint(folder)
+        # the statistics that wrap a network move with it, but stay float32
+        wrapped: list[nn.Module | None] = [pipeline.transformer, pipeline.autoencoder, pipeline.clip]
+        networks: list[nn.Module | None] = [pipeline.transformer, pipeline.vae, pipeline.image_encoder]
+        for module, network in zip(wrapped, networks, strict=True):
+            if module is not None and network is not None:
+                module.to(device)
+                network.to(dtype)
+        return cls(pipeline, folder=folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the folder's parts; a pipeline that is in no folder has one of its own."""
+        return checkpoint_fingerprint(self._folder) if self._folder is not None else f"unsaved-{uuid4().hex}"
+
+    def encode(self, source_u8: ImageU8) -> Condition:
+        pipeline = self._pipeline
+        self.limits.check_images(tuple(source_u8.shape))
+        image = to_float(source_u8.to(self.limits.device))
+        latent = pipeline.autoencoder.encode(image).float()
+        if pipeline.clip is None:
+            dit = pipeline.transformer
+            tokens = latent.new_zeros(len(latent), 0, dit.config["clip_token_width"])
+            pooled = latent.new_zeros(len(latent), dit.config["clip_embedding_width"])
+        else:
+            tokens, pooled = pipeline.clip(image)
+        return Condition(tokens=tokens.float(), pooled=pooled.float(), latent=latent)
+
+    def velocity(self, x: Latent, t: Time, condition: Condition) -> Latent:
+        dit = self._pipeline.transformer
+        if x.shape != condition.latent.shape or t.shape != x.shape[:1]:
+            raise ValueError(f"x is {tuple(x.shape)}, t is {tuple(t.shape)}; the condition is of {tuple(condition.latent.shape)}")
+        context = self._contexts.get(condition)
+        if context is None:
+            context = self._contexts[condition] = dit.context(condition.map(lambda tensor: tensor.to(dit.dtype)))
+        assert self._step is not None
+        return self._step(x.to(dit.dtype), t, context).to(x.dtype)
+
+    def decode(self, latent: Latent) -> ImageU8:
+        return to_u8(self._pipeline.autoencoder.decode(latent))
+
+    def table(self, steps: int, solver: str | None = None) -> SamplingTable:
+        return self._pipeline.objective.table(steps, solver)
+
+    def close(self) -> None:
+        self._open_pipeline = None
+        self._contexts.clear()
+        self._step = None
+        if self.limits.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def _pipeline(self) -> ClipDiTPipeline:
+        if self._open_pipeline is None:
+            raise RuntimeError(f"the {self.name} backend is closed; open it again")
+        return self._open_pipeline
+
+    def _build_step(self, dit: DiT) -> Step:
+        return lambda x, t, context: dit.forward_prepared(x, dit.modulation(t, context), context)
+
+
+class CompiledBackend(EagerBackend):
+    """Eager with the step of the loop through torch.compile: slow at the first call of a shape, faster after it."""
+
+    name = "compiled"
+    preference = 0
+
+    @classmethod
+    def why_not(cls, folder: Path) -> str | None:
+        if best_device().type == "cuda":
+            missing = None if find_spec("triton") else "the Python package triton is not installed. Run `pip install triton`"
+        else:
+            missing = None if shutil.which("g++") or shutil.which("clang++") else "there is no C++ compiler. Install g++"
+        if missing is None and not Path(sysconfig.get_path("include"), "Python.h").exists():
+            missing = "Python's C headers are not installed. Install python3-dev"
+        return f"torch.compile cannot build kernels here: {missing}" if missing else super().why_not(folder)
+
+    def _build_step(self, dit: DiT) -> Step:
+        # dynamic None: the second batch size compiles once more, for any size; the third does not
+        return torch.compile(super()._build_step(dit), dynamic=None)
+
+
+def best_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that computes in it (from Ampere on), else float32."""
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if capable else torch.float32
+
+
+def checkpoint_fingerprint(folder: Path) -> str:
+    """SHA-256 over the configurations and weights in a checkpoint folder; not over its card and its training record."""
+    digest = hashlib.sha256()
+    parts = [path for part in (*PARTS, "image_encoder") for path in sorted((folder / part).glob("*"))]
+    for path in [folder / "model_index.json", *parts]:
+        if path.suffix in (".json", ".safetensors"):
+            with path.open("rb") as stream:
+                digest.update(f"{path.relative_to(folder)} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device}, but PyTorch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu")

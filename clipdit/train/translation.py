@@ -1,0 +1,199 @@
+"""Trains the DiT on cached latents: the objective's squared error, and optionally what CLIP and LPIPS think of the decoded estimate.
+
+The pixel losses (both of the paper) look at the clean image that the prediction implies, decoded on a crop, and only where there is
+little noise: elsewhere the estimate is a blur, and no picture that one could judge.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from clipdit.backend import Condition
+from clipdit.data.cache import LatentCache
+from clipdit.images import to_float, to_u8, write_image
+from clipdit.losses import ClipSimilarityLoss, PerceptualKind, PerceptualLoss
+from clipdit.model.autoencoder import Autoencoder
+from clipdit.model.clip import ClipImageEncoder
+from clipdit.model.dit import DiT
+from clipdit.objective import Objective, draw_noise
+from clipdit.sampling import guide, sample, seeded_noise
+from clipdit.sheets import contact_sheet
+from clipdit.train.order import batch_indices, step_generator
+from clipdit.train.state import replace_file, save_tensors
+from clipdit.train.task import Batch, Losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """What is added to the objective's own loss, and how much of it."""
+
+    reconstruction: float = 1.0
+    """Factor of the squared error of the prediction (velocity or noise)."""
+    clip_similarity: float = 0.0
+    """Factor of 1 - cosine of the CLIP embeddings of decoded estimate and target; 0 leaves it out."""
+    perceptual: float = 0.0
+    """Factor of the perceptual distance of decoded estimate and target; 0 leaves it out."""
+    perceptual_network: PerceptualKind = "st-lpips"
+    """Which distance that is. "lpips" is the paper's; its trunk must be on this machine."""
+    gate: float = 0.6
+    """Signal level (0 noise, 1 clean) from which the pixel losses count."""
+    fraction: float = 0.25
+    """Share of a batch that may be decoded for the pixel losses; decoding costs more than the DiT itself on small models."""
+    crop: int = 8
+    """Side of the crop that is decoded, latent cells; 0 decodes the whole."""
+
+    @property
+    def pixels(self) -> bool:
+        """Whether anything has to be decoded."""
+        return self.clip_similarity > 0 or self.perceptual > 0
+
+    def __post_init__(self) -> None:
+        for name in ("reconstruction", "clip_similarity", "perceptual", "crop"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name} is {getattr(self, name)}; wanted 0 or more")
+        for name in ("gate", "fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"loss.{name} is {getattr(self, name)}; wanted a number in [0, 1]")
+
+
+def condition_of(batch: Batch, dit: DiT) -> Condition:
+    """The condition in a cached batch; without CLIP its two parts are empty."""
+    latent = batch["source"]
+    empty = latent.new_zeros
+    tokens = batch["tokens"] if "tokens" in batch else empty(len(latent), 0, dit.config.clip_token_width)
+    pooled = batch["pooled"] if "pooled" in batch else empty(len(latent), dit.config.clip_embedding_width)
+    return Condition(tokens=tokens, pooled=pooled, latent=latent)
+
+
+class TranslationModule(nn.Module):
+    """The DiT with its losses. The frozen networks of the pixel losses are held outside of it, in `frozen`."""
+
+    def __init__(
+        self, dit: DiT, objective: Objective, loss: LossSettings, autoencoder: Autoencoder, clip: ClipImageEncoder | None
+    ):
+        super().__init__()
+        self.dit, self.objective, self.loss = dit, objective, loss
+        self.autoencoder = autoencoder.requires_grad_(False) if loss.pixels else None
+        self.perceptual = PerceptualLoss(loss.perceptual_network).requires_grad_(False) if loss.perceptual else None
+        self.clip = clip.requires_grad_(False) if clip is not None and loss.clip_similarity else None
+        if loss.clip_similarity and clip is None:
+            raise ValueError("loss.clip_similarity needs a CLIP image encoder; give --clip, or set it to 0")
+
+    def forward(self, batch: Batch) -> Losses:
+        condition = condition_of(batch, self.dit)
+        keep = batch["keep"].to(condition.latent.dtype)
+        condition = condition.map(lambda x: x * keep.reshape(-1, *[1] * (x.ndim - 1)))
+        noised = self.objective.noised(batch["target"], batch["noise"], batch["time"])
+        prediction = self.dit(noised.x, noised.t, condition).float()
+        error = (prediction - noised.prediction_target).square().mean((1, 2, 3))
+        losses = {"reconstruction": noised.weight * error}
+        if self.loss.pixels:
+            losses |= self._pixel_losses(batch, noised.x, noised.t, prediction)
+        return losses
+
+    def _pixel_losses(self, batch: Batch, x: Tensor, t: Tensor, prediction: Tensor) -> Losses:
+        """Per image; 0 where the gate is closed. Divided by the share of images looked at, so factors do not depend on it."""
+        assert self.autoencoder is not None
+        chosen = (batch["look"] & (self.objective.signal_level(t) >= self.loss.gate)).nonzero()[:, 0]
+        zeros = prediction.new_zeros(len(prediction))
+        names = [n for n, net in (("clip_similarity", self.clip), ("perceptual", self.perceptual)) if net is not None]
+        if not len(chosen):
+            return {name: zeros + 0.0 * prediction.sum() for name in names}
+        estimate = self.objective.estimate_target(x, t, prediction)[chosen]
+        target = batch["target"][chosen]
+        if self.loss.crop:
+            estimate, target = (_crop(z, batch["corner"][chosen], self.loss.crop) for z in (estimate, target))
+        output, wanted = self.autoencoder.decode(estimate).float(), self.autoencoder.decode(target).float()
+        losses = {}
+        if self.clip is not None:
+            losses["clip_similarity"] = ClipSimilarityLoss(self.clip)(output, wanted)
+        if self.perceptual is not None:
+            losses["perceptual"] = self.perceptual(output, wanted)
+        share = max(self.loss.fraction, 1e-6)
+        return {name: zeros.index_put((chosen,), value.to(zeros.dtype) / share) for name, value in losses.items()}
+
+
+def _crop(latent: Tensor, corner: Tensor, side: int) -> Tensor:
+    """A square of `side` cells from each latent; `corner` in [0, 1) says where."""
+    height, width = latent.shape[-2:]
+    h, w = min(side, height), min(side, width)
+    tops, lefts = (corner[:, 0] * (height - h + 1)).long().tolist(), (corner[:, 1] * (width - w + 1)).long().tolist()
+    return torch.stack([z[:, a : a + h, b : b + w] for z, a, b in zip(latent, tops, lefts, strict=True)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Held-out pairs for the sample sheet."""
+
+    pixels: UInt8[Tensor, "n 2 3 H W"]
+    names: list[str]
+
+
+class TranslationTask:
+    """See clipdit.train.task.Task."""
+
+    def __init__(
+        self,
+        dit: DiT,
+        objective: Objective,
+        loss: LossSettings,
+        autoencoder: Autoencoder,
+        clip: ClipImageEncoder | None,
+        cache: LatentCache,
+        held: Held,
+        *,
+        batch: int,
+        seed: int,
+        drop: float,
+        steps: int,
+        guidance: float,
+    ):
+        self.dit, self.objective, self.loss = dit, objective, loss
+        self.autoencoder, self.clip, self.cache, self.held = autoencoder.eval(), clip.eval() if clip else None, cache, held
+        self.batch, self.seed, self.drop, self.steps, self.guidance = batch, seed, drop, steps, guidance
+        self.module = TranslationModule(dit, objective, loss, self.autoencoder, self.clip)
+        factors = {n: getattr(loss, n) for n in ("reconstruction", "clip_similarity", "perceptual")}
+        self.weights = {name: factor for name, factor in factors.items() if factor}
+
+    def draw(self, step: int) -> Batch:
+        generator = step_generator(self.seed, step)
+        pairs = batch_indices(self.cache.pairs, self.batch, step, self.seed)
+        views = torch.randint(self.cache.views, (self.batch,), generator=generator).numpy()
+        batch = self.cache.rows(pairs * self.cache.views + views)
+        if not self.dit.reads_clip:
+            batch = {name: batch[name] for name in ("target", "source")}
+        batch["time"] = self.objective.sample_times(self.batch, generator)
+        batch["noise"] = draw_noise(batch["target"], generator)
+        batch["keep"] = torch.rand(self.batch, generator=generator) >= self.drop
+        if self.loss.pixels:
+            batch["look"] = torch.rand(self.batch, generator=generator) < self.loss.fraction
+            batch["corner"] = torch.rand(self.batch, 2, generator=generator)
+        return batch
+
+    def save(self, folder: Path) -> None:
+        target = folder / "transformer"
+        if not (target / "config.json").exists():
+            replace_file(target / "config.json", lambda temporary: temporary.write_text(self.dit.to_json_string()))
+        save_tensors(target / "diffusion_pytorch_model.safetensors", self.dit.state_dict())
+
+    @torch.no_grad()
+    def sheet(self, path: Path) -> None:
+        source, target = self.held.pixels.unbind(1)
+        device = next(self.dit.parameters()).device
+        self.autoencoder.to(device)
+        image = to_float(source).to(device)
+        features = self.clip.to(device)(image) if self.clip is not None and self.dit.reads_clip else None
+        batch = {"source": self.autoencoder.encode(image)}
+        if features is not None:
+            batch |= {"tokens": features[0], "pooled": features[1]}
+        condition = condition_of(batch, self.dit)
+        columns = {"source": source}
+        for seed in (0, 1):
+            noise = seeded_noise([seed] * len(source), tuple(condition.latent.shape[1:]), device)
+            latent = sample(guide(self.dit, condition, self.guidance), noise, self.objective.table(self.steps))
+            columns[f"output, seed {seed}"] = to_u8(self.autoencoder.decode(latent)).cpu()
+        columns["target"] = target
+        write_image(path, contact_sheet(columns, blocks=2, tile_px=112))

@@ -1,0 +1,537 @@
+"""The offline job: nothing lost, nothing doubled, whatever happens to it on the way."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipdit.fake_backend import FakeBackend
+from clipdit.images import encode_image, read_image
+from clipdit.offline import JobFolder, JobSettings, item_seed, plan_folder, run_job, verify_job
+from clipdit.translator import Translator
+
+
+def draw(path: Path, height: int = 40, width: int = 60, seed: int = 0) -> None:
+    """A picture of coloured blocks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST).save(path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every image below a folder, by relative path."""
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*.*")) if p.suffix in (".png", ".webp")
+    }
+
+
+def ledger(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
+def count_encoded(calls: list) -> int:
+    return sum(batch for call, batch in calls if call == "encode")
+
+
+@pytest.fixture
+def translator():
+    return Translator(FakeBackend(native_size=(32, 32)))
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Twenty images in three folders, of many sizes."""
+    folder = tmp_path / "in"
+    for i in range(20):
+        draw(folder / ["", "sub", "sub/deep"][i % 3] / f"{i:02}.{['png', 'jpg', 'webp'][i % 3]}", 20 + 7 * i, 100 - 3 * i, seed=i)
+    return folder
+
+
+class TestFolder:
+    def test_every_input_becomes_one_output_at_its_own_size_and_place(self, translator, inputs, tmp_path):
+        summary = run_job(translator, inputs, tmp_path / "out")
+        assert (summary.total, summary.written, summary.quarantined) == (20, 20, 0)
+        for source in inputs.rglob("*.*"):
+            output = (tmp_path / "out" / source.relative_to(inputs)).with_suffix(".png")
+            assert read_image(output).shape == read_image(source).shape
+        assert verify_job(tmp_path / "out").ok
+        assert {row["id"] for row in ledger(tmp_path / "out")} == {p.relative_to(inputs).as_posix() for p in inputs.rglob("*.*")}
+
+    def test_an_image_of_a_job_is_the_image_its_seed_gives_alone(self, translator, inputs, tmp_path):
+        run_job(translator, inputs, tmp_path / "out", JobSettings(seed=7))
+        for row in ledger(tmp_path / "out"):
+            assert row["seed"] == item_seed(7, row["id"])
+            alone = translator.translate_image(read_image(row["input"]), seed=row["seed"])
+            assert (tmp_path / "out" / row["output"]).read_bytes() == encode_image(alone, "PNG")
+
+    def test_neither_batch_size_nor_threads_change_a_byte(self, translator, inputs, tmp_path):
+        run_job(translator, inputs, tmp_path / "a", batch_size=1, workers=1)
+        run_job(translator, inputs, tmp_path / "b", batch_size=7, workers=5)
+        assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+    def test_other_inputs_do_not_change_an_image(self, translator, inputs, tmp_path):
+        run_job(translator, inputs, tmp_path / "a")
+        for source in sorted(inputs.rglob("*.*"))[::2]:
+            source.unlink()
+        run_job(translator, inputs, tmp_path / "b")
+        before, after = contents(tmp_path / "a"), contents(tmp_path / "b")
+        assert len(after) == 10 and after.items() <= before.items()
+
+    def test_bad_inputs_are_quarantined_with_their_reason_and_the_others_go_on(self, translator, inputs, tmp_path):
+        (inputs / "text.png").write_text("no picture")
+        (inputs / "empty.jpg").touch()
+        (inputs / "cut.png").write_bytes((inputs / "00.png").read_bytes()[:-60])
+        (inputs / "gone.webp").symlink_to("nowhere")
+        summary = run_job(translator, inputs, tmp_path / "out")
+        assert (summary.written, summary.quarantined) == (20, 4)
+        verdict = verify_job(tmp_path / "out")
+        assert verdict.ok and verdict.written == 20
+        reasons = dict(verdict.quarantined)
+        assert "text" in reasons["text.png"] and "empty" in reasons["empty.jpg"] and "nowhere" in reasons["gone.webp"]
+        assert reasons["cut.png"] and not (tmp_path / "out" / "cut.png").exists()
+
+    def test_every_odd_file_is_translated_or_named_with_its_reason(self, translator, odd_images, tmp_path):
+        summary = run_job(translator, odd_images.folder, tmp_path / "out", JobSettings(keep_suffix=True))
+        rows = {row["id"]: row for row in ledger(tmp_path / "out")}
+        assert len(odd_images.expected) >= 40 and summary.total == len(rows)
+        passed_over = {line.split(":")[0] for line in json.loads((tmp_path / "out" / "job.json").read_text())["ignored"]}
+        assert rows.keys() | passed_over == odd_images.expected.keys() and not rows.keys() & passed_over
+        for name, expected in odd_images.expected.items():
+            if expected == "ok" and len(name) + len(".png") > 255:  # what the file system takes
+                expected = "name too long"
+            if expected == "ok":
+                assert rows[name]["status"] == "written", rows[name]["reason"]
+                written = read_image(tmp_path / "out" / rows[name]["output"])
+                assert written.shape == read_image(odd_images.folder / name).shape
+            elif name in rows:
+                assert rows[name]["status"] == "quarantined" and expected in rows[name]["reason"]
+                assert "\n" not in rows[name]["reason"] and len(rows[name]["reason"]) < 300
+        assert verify_job(tmp_path / "out").ok
+
+    def test_files_that_are_no_images_are_passed_over_by_name(self, translator, inputs, tmp_path):
+        (inputs / "notes.txt").write_text("hello")
+        (inputs / ".hidden.png").touch()
+        (inputs / "no_suffix").write_bytes((inputs / "00.png").read_bytes())
+        (inputs / "link").symlink_to("sub")
+        summary = run_job(translator, inputs, tmp_path / "out")
+        assert (summary.total, summary.written, summary.ignored) == (21, 21, 2)
+        assert (tmp_path / "out" / "no_suffix.png").exists()
+        ignored = json.loads((tmp_path / "out" / "job.json").read_text())["ignored"]
+        assert [line.split(":")[0] for line in ignored] == ["notes.txt", "link"]
+
+    def test_names_of_any_bytes_and_any_length_are_accounted_for(self, translator, inputs, tmp_path):
+        image = (inputs / "00.png").read_bytes()
+        odd = [os.fsdecode(b"n\xff\xfe.png"), "new\nline.png", "ü 😀.png", "x" * 251 + ".png", "a.b.c.png"]
+        for name in odd:
+            (inputs / name).write_bytes(image)
+        summary = run_job(translator, inputs, tmp_path / "out", JobSettings(format="webp"))
+        assert (summary.written, summary.quarantined) == (24, 1)  # 251 characters and .webp are one too many for the file system
+        verdict = verify_job(tmp_path / "out")
+        assert verdict.ok and "name too long" in verdict.quarantined[0][1]
+        assert (tmp_path / "out" / os.fsdecode(b"n\xff\xfe.webp")).exists() and (tmp_path / "out" / "a.b.c.webp").exists()
+
+    def test_every_image_may_keep_its_own_size_in_the_model(self, inputs, tmp_path):
+        calls = []
+        translator = Translator(FakeBackend(native_size=(32, 32), on_call=lambda *call: calls.append(call)))
+        run_job(translator, inputs, tmp_path / "out", JobSettings(size="own"), batch_size=4)
+        assert verify_job(tmp_path / "out").written == 20
+        assert count_encoded(calls) == 20
+        with_net_of_8 = read_image(tmp_path / "out" / "00.png")  # 20 x 100: a multiple of 4, so its blocks are whole
+        assert with_net_of_8.shape == (3, 20, 100) and torch.equal(with_net_of_8[:, ::4], with_net_of_8[:, 1::4])
+
+    def test_output_inside_the_input_folder_is_not_read_as_input(self, translator, inputs):
+        out = inputs / "translated"
+        run_job(translator, inputs, out)
+        assert run_job(translator, inputs, out, resume=True).total == 20
+
+    def test_progress_counts_up_to_the_total(self, translator, inputs, tmp_path):
+        seen = []
+        run_job(translator, inputs, tmp_path / "out", batch_size=6, on_progress=seen.append)
+        assert [p.finished for p in seen] == sorted(p.finished for p in seen)
+        assert (seen[0].finished, seen[-1].finished, seen[-1].total) == (0, 20, 20)
+
+
+class TestPlan:
+    def test_two_inputs_with_one_output_are_found_before_any_work(self, inputs, tmp_path):
+        calls = []
+        draw(inputs / "sub" / "01.png")
+        translator = Translator(FakeBackend(on_call=lambda *call: calls.append(call)))
+        with pytest.raises(ValueError, match=r"sub/01.jpg and sub/01.png would both become sub/01.png.*--keep-suffix"):
+            run_job(translator, inputs, tmp_path / "out")
+        assert calls == [] and not (tmp_path / "out").exists()
+        assert run_job(translator, inputs, tmp_path / "out", JobSettings(keep_suffix=True)).written == 21
+        assert (tmp_path / "out" / "sub" / "01.jpg.png").exists() and (tmp_path / "out" / "sub" / "01.png.png").exists()
+
+    def test_seed_depends_on_the_jobs_seed_and_the_id_only(self):
+        assert item_seed(0, "a/b.png") == item_seed(0, "a/b.png") == 859142392
+        assert len({item_seed(seed, id) for seed in range(3) for id in ("a", "b", "0", "")}) == 12
+
+    @pytest.mark.parametrize(
+        ("arrange", "message"),
+        [
+            (lambda d: (d / "in").mkdir(), "there are no images in"),
+            (lambda d: ((d / "in").mkdir(), (d / "in/a.txt").touch()), "passed over, such as a.txt"),
+            (lambda d: (draw(d / "in/a.png"), (d / "out").mkdir(), (d / "out/x").touch()), "not empty and holds no job"),
+            (lambda d: (draw(d / "in/a.png"), (d / "out").touch()), "is a file"),
+            (lambda d: (draw(d / "in/a.jpg"), draw(d / "in/a.png/b.png")), "folder of other outputs"),
+            (lambda d: (draw(d / "in/a.png"), (d / "out").symlink_to("in")), "not empty and holds no job"),
+        ],
+    )  # fmt: skip
+    def test_what_cannot_work_is_refused_before_any_work(self, translator, tmp_path, arrange, message):
+        arrange(tmp_path)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=message):
+            run_job(translator, tmp_path / "in", tmp_path / "out")
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def test_an_input_is_never_replaced(self, tmp_path):
+        draw(tmp_path / "in" / "in" / "a.png")
+        assert plan_folder(tmp_path / "in", tmp_path).items
+        draw(tmp_path / "in" / "a.png")
+        with pytest.raises(ValueError, match=r"output of in/a.png would replace the input .*/in/a.png"):
+            plan_folder(tmp_path / "in", tmp_path)
+        with pytest.raises(ValueError, match="is the input folder"):
+            plan_folder(tmp_path / "in", tmp_path / "in")
+
+    def test_batch_sizes_and_sizes_the_backend_does_not_take_are_refused(self, inputs, tmp_path):
+        translator = Translator(FakeBackend(native_size=(32, 32), max_batch=4, sizes=((32, 32),)))
+        with pytest.raises(ValueError, match="batch size is 5; this backend takes 1 to 4"):
+            run_job(translator, inputs, tmp_path / "out", batch_size=5)
+        with pytest.raises(ValueError, match="64 x 64; this backend takes 32 x 32"):
+            run_job(translator, inputs, tmp_path / "out", JobSettings(size=(64, 64)))
+        assert run_job(translator, inputs, tmp_path / "out").batch_size == 4
+
+
+class TestManifest:
+    def test_sources_outputs_and_seeds_of_a_csv(self, translator, inputs, tmp_path):
+        manifest = tmp_path / "list.csv"
+        manifest.write_text(
+            "source,output,seed,split\r\nin/00.png,,,test\r\nin/sub/01.jpg,x/y.webp,17,\r\n" + f"{inputs}/03.png,plain,,\r\n",
+            encoding="utf-8-sig",
+        )
+        assert run_job(translator, manifest, tmp_path / "out").written == 3
+        rows = {row["id"]: row for row in ledger(tmp_path / "out")}
+        assert [row["output"] for row in rows.values()] == ["in/00.png", "x/y.webp", "plain.png"]
+        assert rows["in/sub/01.jpg"]["seed"] == 17 and rows["in/00.png"]["seed"] == item_seed(0, "in/00.png")
+        assert Image.open(tmp_path / "out" / "x" / "y.webp").format == "WEBP"
+
+    def test_one_source_with_many_seeds(self, translator, inputs, tmp_path):
+        rows = [{"source": "in/00.png", "id": f"try {i}", "output": f"{i}.png", "seed": i} for i in range(3)]
+        (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        assert run_job(translator, tmp_path / "list.jsonl", tmp_path / "out").written == 3
+        assert len(set(contents(tmp_path / "out").values())) == 3
+
+    def test_plain_list_takes_one_source_a_line_from_anywhere(self, translator, inputs, tmp_path):
+        (tmp_path / "lists").mkdir()
+        manifest = tmp_path / "lists" / "a.txt"
+        manifest.write_text("../in/00.png\n\n../in/sub/01.jpg\nmissing.png\n")
+        summary = run_job(translator, manifest, tmp_path / "out")
+        assert (summary.written, summary.quarantined) == (2, 1)
+        assert contents(tmp_path / "out").keys() == {"00.png", "01.png"}
+        assert dict(verify_job(tmp_path / "out").quarantined) == {"missing.png": "does not exist"}
+
+    @pytest.mark.parametrize(
+        ("name", "text", "message"),
+        [
+            ("a.csv", "source,output\na.png,../b.png", "line 2: output ../b.png leaves the output folder"),
+            ("a.csv", "source,output\na.png,/b.png", "line 2: output /b.png leaves the output folder"),
+            ("a.csv", "source,output\na.png,b.gif", r"line 2: output b.gif ends in .gif; wanted one of .png"),
+            ("a.csv", "source,sed\na.png,1", "line 2: there is no column sed"),
+            ("a.csv", "a.png\nb.png", "line 2: there is no column a.png"),
+            ("a.csv", "source,seed\na.png,-1", "line 2: seed is '-1'"),
+            ("a.csv", "source\na.png,b", "more values than columns"),
+            ("a.csv", "source\n", "lists no images"),
+            ("a.csv", "source\na.png\na.png", "a.png is listed twice"),
+            ("a.csv", "source\na.png\na.jpg", "a.png and a.jpg would both become a.png"),
+            ("a.jsonl", '{"source": "a.png"}\n{"source"', "line 2: not JSON"),
+            ("a.jsonl", '["a.png"]', "line 1: not a JSON object"),
+            ("a.jsonl", '{"source": 3}', "line 1: no source"),
+            ("a.jsonl", '{"source": "a.png", "seed": true}', "line 1: seed is True"),
+            ("a.txt", b"a\xff.png", "not UTF-8"),
+        ],
+    )
+    def test_mistakes_are_told_with_their_line_before_any_work(self, translator, tmp_path, name, text, message):
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ValueError, match=message) as raised:
+            run_job(translator, tmp_path / name, tmp_path / "out")
+        assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
+
+
+SLOW_JOB = """
+import sys
+from pathlib import Path
+from clipdit.fake_backend import FakeBackend
+from clipdit.offline import run_job
+from clipdit.translator import Translator
+source, output, delay_s = sys.argv[1:]
+backend = FakeBackend(native_size=(32, 32), delay_s=float(delay_s))
+run_job(Translator(backend), Path(source), Path(output), batch_size=2, resume=True)
+"""
+
+
+def start_slow_job(source: Path, output: Path, delay_s: float) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW_JOB, str(source), str(output), str(delay_s)], env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def wait_for_lines(output: Path, count: int, process: subprocess.Popen) -> None:
+    deadline_s = time.monotonic() + 60
+    while not (output / "ledger.jsonl").exists() or (output / "ledger.jsonl").read_bytes().count(b"\n") < count:
+        assert process.poll() is None and time.monotonic() < deadline_s, "the job ended before it could be killed"
+        time.sleep(0.002)
+
+
+class TestInterrupted:
+    def test_killed_twice_and_resumed_equals_an_unbroken_run(self, translator, inputs, tmp_path):
+        (inputs / "bad.png").write_text("bad")
+        out = tmp_path / "out"
+        for lines in (4, 12):
+            process = start_slow_job(inputs, out, 0.01)
+            wait_for_lines(out, lines, process)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+            assert not verify_job(out).ok
+        done = len(ledger(out))
+        summary = run_job(translator, inputs, out, resume=True)
+        assert done - 1 <= summary.kept <= done and summary.kept + summary.written == 20  # the bad one is tried again
+        run_job(translator, inputs, tmp_path / "unbroken")
+        assert contents(out) == contents(tmp_path / "unbroken") and len(contents(out)) == 20
+        assert verify_job(out).ok
+        assert sorted(row["id"] for row in ledger(out)) == sorted(row["id"] for row in ledger(tmp_path / "unbroken"))
+        assert [p.name for p in (out / ".clipdit").iterdir()] == ["lock"]
+        assert not list(out.rglob("*.tmp")) + list(out.rglob("*.part"))
+
+    def test_a_second_process_is_kept_out(self, translator, inputs, tmp_path):
+        process = start_slow_job(inputs, tmp_path / "out", 0.2)
+        wait_for_lines(tmp_path / "out", 1, process)
+        try:
+            with pytest.raises(ValueError, match="another process is writing"):
+                run_job(translator, inputs, tmp_path / "out", resume=True)
+        finally:
+            process.kill()
+            process.wait()
+
+    def test_interrupted_job_goes_on_where_it_was(self, inputs, tmp_path):
+        calls = []
+
+        def on_call(call, batch):
+            calls.append((call, batch))
+            if len(calls) == 20:
+                raise KeyboardInterrupt
+
+        backend = FakeBackend(native_size=(32, 32), on_call=on_call)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(Translator(backend), inputs, tmp_path / "out", batch_size=4)
+        done = len(ledger(tmp_path / "out"))
+        assert 0 < done < 20
+        before = count_encoded(calls)
+        summary = run_job(Translator(backend), inputs, tmp_path / "out", batch_size=4, resume=True)
+        assert (summary.kept, summary.written) == (done, 20 - done)
+        assert count_encoded(calls) - before == 20 - done
+        assert verify_job(tmp_path / "out").ok
+
+    def test_a_ledger_line_cut_short_costs_that_line_only(self, translator, inputs, tmp_path):
+        run_job(translator, inputs, tmp_path / "out")
+        path = tmp_path / "out" / "ledger.jsonl"
+        path.write_bytes(path.read_bytes()[:-30])
+        assert verify_job(tmp_path / "out").problems[0] == "ledger.jsonl cannot be read after line 19"
+        summary = run_job(translator, inputs, tmp_path / "out", resume=True)
+        assert (summary.kept, summary.written) == (19, 1)
+        assert verify_job(tmp_path / "out").ok
+
+    def test_full_disk_stops_in_one_line_and_goes_on_later(self, translator, inputs, tmp_path, monkeypatch):
+        write, count = JobFolder.write_file, 0
+
+        def fills_up(self, path, data, **options):
+            nonlocal count
+            count += path.suffix == ".png"
+            if count > 9:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return write(self, path, data, **options)
+
+        monkeypatch.setattr(JobFolder, "write_file", fills_up)
+        with pytest.raises(ValueError, match=r"No space left on device; 9 of 20 inputs are finished.*--resume") as raised:
+            run_job(translator, inputs, tmp_path / "out", batch_size=4)
+        assert "\n" not in str(raised.value)
+        monkeypatch.undo()
+        assert len(ledger(tmp_path / "out")) == 9
+        summary = run_job(translator, inputs, tmp_path / "out", resume=True)
+        assert (summary.kept, summary.written) == (9, 11) and verify_job(tmp_path / "out").ok
+
+    def test_ledger_takes_all_lines_of_a_batch_or_none(self, translator, inputs, tmp_path, monkeypatch):
+        sync, count = os.fsync, 0
+
+        def fails_once(descriptor):
+            nonlocal count
+            count += 1
+            if count == 5:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fails_once)
+        with pytest.raises(ValueError, match="No space left"):
+            run_job(translator, inputs, tmp_path / "out", batch_size=4)
+        assert len(ledger(tmp_path / "out")) % 4 == 0
+        assert run_job(translator, inputs, tmp_path / "out", resume=True).total == 20
+        assert verify_job(tmp_path / "out").ok
+
+
+class TestResume:
+    def test_intact_outputs_are_not_made_again_and_others_are(self, inputs, tmp_path):
+        calls = []
+        translator = Translator(FakeBackend(native_size=(32, 32), on_call=lambda *call: calls.append(call)))
+        out = tmp_path / "out"
+        (inputs / "late.png").write_text("not yet an image")
+        run_job(translator, inputs, out)
+        before = contents(out)
+        (out / "00.png").unlink()
+        (out / "03.png").write_bytes(b"altered")
+        draw(inputs / "late.png")
+        draw(inputs / "new.png")
+        times = {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
+        calls.clear()
+        summary = run_job(translator, inputs, out, resume=True)
+        assert (summary.total, summary.kept, summary.written, summary.quarantined) == (22, 18, 4, 0)
+        assert count_encoded(calls) == 4
+        after = contents(out)
+        assert after.keys() - before.keys() == {"late.png", "new.png"} and before.items() <= after.items()
+        assert sum(p.stat().st_mtime_ns == t for p, t in times.items()) == 18
+        assert verify_job(out).ok
+
+    def test_without_resume_a_job_is_left_alone(self, translator, inputs, tmp_path):
+        run_job(translator, inputs, tmp_path / "out")
+        with pytest.raises(ValueError, match=r"holds a job already\. Add --resume"):
+            run_job(translator, inputs, tmp_path / "out")
+
+    def test_resume_of_nothing_starts(self, translator, inputs, tmp_path):
+        assert run_job(translator, inputs, tmp_path / "out", resume=True).written == 20
+
+    @pytest.mark.parametrize(
+        ("change", "name"),
+        [
+            ({"seed": 1}, "seed = 0; now it is 1"),
+            ({"steps": 9}, "steps = 4; now it is 9"),
+            ({"guidance": 2.0}, "guidance = 1.0; now it is 2.0"),
+            ({"solver": "heun"}, "solver = euler; now it is heun"),
+            ({"fit": "crop"}, "fit = pad; now it is crop"),
+            ({"size": (64, 64)}, r"size = \[32, 32\]; now it is \[64, 64\]"),
+            ({"format": "webp"}, "format = png; now it is webp"),
+            ({"keep_suffix": True}, "keep_suffix = False; now it is True"),
+        ],
+    )
+    def test_other_settings_are_refused_by_name(self, translator, inputs, tmp_path, change, name):
+        run_job(translator, inputs, tmp_path / "out")
+        before = (tmp_path / "out" / "ledger.jsonl").read_bytes()
+        with pytest.raises(ValueError, match=f"holds a job with {name}"):
+            run_job(translator, inputs, tmp_path / "out", JobSettings(**change), resume=True)
+        assert (tmp_path / "out" / "ledger.jsonl").read_bytes() == before
+
+    def test_another_model_or_another_input_folder_is_refused(self, translator, inputs, tmp_path):
+        run_job(translator, inputs, tmp_path / "out")
+        other = Translator(FakeBackend(native_size=(32, 32), downscale=8))
+        with pytest.raises(ValueError, match="holds a job with model = "):
+            run_job(other, inputs, tmp_path / "out", resume=True)
+        draw(tmp_path / "in2" / "00.png")
+        with pytest.raises(ValueError, match="holds a job with input = "):
+            run_job(translator, tmp_path / "in2", tmp_path / "out", resume=True)
+
+    def test_an_edited_manifest_is_refused_for_what_it_contradicts(self, translator, inputs, tmp_path):
+        manifest = tmp_path / "m.csv"
+        manifest.write_text("source,seed\nin/00.png,1\n")
+        run_job(translator, manifest, tmp_path / "out")
+        manifest.write_text("source,seed\nin/00.png,2\n")
+        with pytest.raises(ValueError, match=r"in/00.png has seed 1; now it is 2"):
+            run_job(translator, manifest, tmp_path / "out", resume=True)
+
+
+class TestMemory:
+    def test_out_of_memory_halves_the_batch_and_changes_no_image(self, translator, inputs, tmp_path):
+        sizes = []
+
+        def small(call, batch):
+            if call == "encode":
+                sizes.append(batch)
+            if batch > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        summary = run_job(Translator(FakeBackend(native_size=(32, 32), on_call=small)), inputs, tmp_path / "a", batch_size=16)
+        assert summary.batch_size == 2 and (summary.written, summary.quarantined) == (20, 0)
+        assert sizes[:4] == [16, 8, 4, 2] and max(sizes[4:]) == 2
+        run_job(translator, inputs, tmp_path / "b")
+        assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+    def test_an_image_too_large_alone_is_quarantined(self, inputs, tmp_path):
+        class Small(FakeBackend):
+            def encode(self, source_u8):
+                if source_u8.shape[-1] > 90:
+                    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+                return super().encode(source_u8)
+
+        summary = run_job(Translator(Small()), inputs, tmp_path / "out", JobSettings(size="own"))
+        wide = [p for p in inputs.rglob("*.*") if read_image(p).shape[-1] > 88]  # brought up to a multiple of 4
+        assert (summary.written, summary.quarantined) == (20 - len(wide), len(wide)) and wide
+        assert all("not enough memory for one image of " in reason for _, reason in verify_job(tmp_path / "out").quarantined)
+
+    def test_other_errors_of_the_backend_are_not_hidden(self, inputs, tmp_path):
+        def broken(call, batch):
+            raise RuntimeError("device-side assert")
+
+        with pytest.raises(RuntimeError, match="device-side assert"):
+            run_job(Translator(FakeBackend(on_call=broken)), inputs, tmp_path / "out")
+        assert len(ledger(tmp_path / "out")) == 0 if (tmp_path / "out" / "ledger.jsonl").exists() else True
+
+
+class TestVerify:
+    @pytest.fixture
+    def out(self, translator, inputs, tmp_path):
+        (inputs / "bad.png").write_text("bad")
+        run_job(translator, inputs, tmp_path / "out")
+        return tmp_path / "out"
+
+    def test_a_whole_job_is_in_order_and_its_quarantine_is_listed(self, out):
+        verdict = verify_job(out)
+        assert verdict.ok and (verdict.total, verdict.written) == (21, 20)
+        assert verdict.quarantined == (("bad.png", "is text, not an image"),)
+
+    @pytest.mark.parametrize(
+        ("damage", "problem"),
+        [
+            (lambda rows: rows[:-1], "20.*: not done yet|: not done yet"),
+            (lambda rows: [*rows, rows[3]], ": 2 times in the ledger"),
+            (lambda rows: [*rows, rows[3] | {"id": "stranger"}], "stranger: in the ledger, but not in the plan"),
+            (lambda rows: [r | {"reason": None} for r in rows], "bad.png: quarantined without a reason"),
+            (
+                lambda rows: [r | {"sha256": "0"} if r["id"] == "00.png" else r for r in rows],
+                "00.png: 00.png has another content",
+            ),
+            (lambda rows: [r | {"output": "03.png"} if r["id"] == "00.png" else r for r in rows], "written to 03.png, planned"),
+        ],
+    )
+    def test_every_kind_of_damage_is_a_problem(self, out, damage, problem):
+        (out / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in damage(ledger(out))))
+        verdict = verify_job(out)
+        assert not verdict.ok
+        with pytest.raises(AssertionError, match=problem):
+            raise AssertionError("; ".join(verdict.problems))
+
+    def test_a_file_that_is_gone_or_altered_is_a_problem(self, out):
+        (out / "00.png").unlink()
+        (out / "03.png").write_bytes(b"x")
+        assert verify_job(out).problems == (
+            "00.png: 00.png is gone",
+            "03.png: 03.png has another content than was written",
+        )
+
+    def test_a_folder_without_a_job_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="holds no job"):
+            verify_job(tmp_path)
