@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,7 @@ OTHER_SOURCES = 8
 """An output whose edges agree no better with its own source than with the median of this many others has ignored it."""
 
 
+@runtime_checkable
 class PairLike(Protocol):
     """What is asked of a pair; clipdit.data.pairs.Pair is one."""
 

@@ -4,8 +4,6 @@ With decoding.py, whose names are re-exported here, the only place that touches 
 """
 
 import io
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +16,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from clipdit.decoding import MAX_PIXELS, DecodedImage, ImageError, decode_image, image_size, looks_like_image, read_image
+from clipdit.files import write_atomically
 
 __all__ = [
     "MAX_PIXELS",
@@ -150,16 +149,7 @@ def write_image(path: Path | str, image_u8: UInt8[Tensor, "3 H W"], *, quality: 
     format = WRITE_FORMATS.get(path.suffix.lower())
     if format is None:
         raise ValueError(f"{path} ends in {path.suffix or 'no suffix'}; wanted one of {', '.join(WRITE_FORMATS)}")
-    data = encode_image(image_u8, format, quality=quality)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because os.replace is atomic only within one file system; hidden, so that no listing takes it up; short,
-    # because the target's name may already be as long as names can be.
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, encode_image(image_u8, format, quality=quality))
 
 
 def _centred(outer: tuple[int, int], inner: tuple[int, int]) -> Box:

@@ -41,13 +41,15 @@ class PerceptualLoss(nn.Module):
     - "st-lpips": ST-LPIPS (alex), weights from a package; the usual choice here.
     - "lpips": LPIPS 0.1 (alex); its trunk must be on this machine.
     - "efficientnet-lite0": mean over the 7 stages of EfficientNet-Lite0 of the squared distance between unit-length features, at
-      the image's own size; about five times cheaper than "st-lpips". It was never fitted to human judgements.
+      the image's own size. A quarter of the time of "st-lpips", and a worse guide: noise of one level on a plain ground costs
+      0.7 times what a blur of sigma 2 px costs, where with "st-lpips" it is 0.003 times. "st-lpips" on a crop of half the
+      side costs as little.
 
     Raises MissingWeights (a ValueError of one line: what to install or put where) when the weights are absent. Computes in
     float32 under autocast too: the distance of two near images is a small difference of large features.
     """
 
-    def __init__(self, kind: PerceptualKind = "st-lpips") -> None:
+    def __init__(self, kind: str = "st-lpips") -> None:
         super().__init__()
         if kind not in get_args(PerceptualKind):
             raise ValueError(f"no perceptual loss {kind!r}; wanted one of {', '.join(get_args(PerceptualKind))}")

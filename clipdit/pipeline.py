@@ -1,9 +1,9 @@
-"""The checkpoint folder: a diffusers pipeline of DiT, VAE, CLIP image encoder and scheduler, and the call that translates with it.
+"""The checkpoint folder: a diffusers pipeline of DiT, VAE, CLIP image encoder and scheduler, and the call that translates.
 
     model_index.json   transformer/   vae/   image_encoder/   scheduler/   experiment.json   README.md (the model card)
 
-`model_index.json` also carries what a user of the weights needs: statistics of the latents, size, default steps and guidance. Only
-safetensors are ever read. `load_checkpoint` refuses a folder that is damaged or does not fit together, in one line.
+`model_index.json` also carries what a user of the weights needs: statistics of the latents, size, default steps and guidance.
+Only safetensors are ever read. `load_checkpoint` refuses a folder that is damaged or does not fit together, in one line.
 """
 
 import json
@@ -117,7 +117,8 @@ PARTS = ("transformer", "vae", "scheduler")
 
 
 def load_checkpoint(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> ClipDiTPipeline:
-    """The checkpoint in `folder`, on the CPU. ValueError, one line, when it is missing, damaged, pickled or does not fit together."""
+    """The checkpoint in `folder`, on the CPU. ValueError, one line, when it is missing, damaged, pickled or does not
+    fit together."""
     folder = Path(folder)
     index = _index(folder)
     for part in [*PARTS, *(["image_encoder"] if index.get("image_encoder", [None])[0] else [])]:
@@ -188,7 +189,7 @@ def _check_fit(folder: Path, pipeline: ClipDiTPipeline) -> None:
     channels = int(vae.config.latent_channels)
     if dit.config.latent_channels != channels:
         raise ValueError(
-            f"{folder} does not fit together: the transformer takes {dit.config.latent_channels} channels, the VAE makes {channels}"
+            f"{folder} does not fit together: the DiT takes {dit.config.latent_channels} channels, the VAE makes {channels}"
         )
     if dit.reads_clip and image_encoder is None:
         raise ValueError(f'{folder} does not fit together: conditioning "{dit.config.conditioning}" needs an image_encoder')
@@ -215,5 +216,5 @@ def _one_line(error: Exception) -> str:
 
 
 def save_checkpoint(pipeline: ClipDiTPipeline, folder: Path) -> None:
-    """Write the folder. `model_index.json` names our classes by module, so that diffusers finds them without a custom-code flag."""
+    """Write the folder. `model_index.json` names our classes by module, so diffusers finds them without a custom-code flag."""
     pipeline.save_pretrained(str(folder), safe_serialization=True)

@@ -123,6 +123,7 @@ def yardstick() -> TranslationExperiment:
 PRESETS: dict[str, Callable[[], Experiment]] = {
     function.__name__: function
     for function in (
-        edges2emoji, edges2shoes, face2comics, paper_edges2shoes, paper_face2comics, paper_edges2emoji, yardstick, emoji_vae, emoji_clip,
+        edges2emoji, edges2shoes, face2comics, paper_edges2shoes, paper_face2comics, paper_edges2emoji, yardstick,
+        emoji_vae, emoji_clip,
     )
 }  # fmt: skip

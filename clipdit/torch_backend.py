@@ -75,14 +75,12 @@ class EagerBackend:
         dtype = best_dtype(device) if dtype is None else dtype
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; wanted float32, bfloat16 or float16")
-        pipeline = load_checkpoint(folder)
-        # the statistics that wrap a network move with it, but stay float32
-        wrapped: list[nn.Module | None] = [pipeline.transformer, pipeline.autoencoder, pipeline.clip]
-        networks: list[nn.Module | None] = [pipeline.transformer, pipeline.vae, pipeline.image_encoder]
-        for module, network in zip(wrapped, networks, strict=True):
-            if module is not None and network is not None:
+        pipeline = load_checkpoint(folder, dtype=dtype)
+        # with what wraps them: the statistics of latents and pixels, which stay float32
+        modules: list[nn.Module | None] = [pipeline.transformer, pipeline.autoencoder, pipeline.clip]
+        for module in modules:
+            if module is not None:
                 module.to(device)
-                network.to(dtype)
         return cls(pipeline, folder=folder)
 
     @cached_property

@@ -106,10 +106,10 @@ def _translate_many(
     resume: bool,
     json: bool,
 ) -> int:
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     from clipdit.cli import DONE, QUARANTINED
     from clipdit.offline import run_job
-
-    from tqdm.contrib.logging import logging_redirect_tqdm
 
     display = _Display()
     with contextlib.closing(display), logging_redirect_tqdm() if sys.stderr.isatty() else contextlib.nullcontext():
@@ -186,10 +186,10 @@ def _size(text: str | None) -> "Size":
         return None
     if text == "own":
         return "own"
-    height, _, width = text.lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise ValueError(f'--size is "{text}"; wanted HEIGHTxWIDTH in pixels, such as 256x256, or own')
-    return int(height), int(width)
+    return int(sides[0]), int(sides[-1])
 
 
 class _Display:

@@ -1,7 +1,7 @@
 """Latents and CLIP features of every pair, computed once: during training the VAE and CLIP are not run at all.
 
-The cache is a folder of plain .npy files, read by memory map, so it may be larger than memory. Its name carries a hash of all that
-it was computed from (pixels' files, VAE, CLIP, size, augmentation); a folder of another hash is simply another cache.
+The cache is a folder of plain .npy files, read by memory map, so it may be larger than memory. Its name is a hash of all
+that it was computed from (pixels' files, VAE, CLIP, size, augmentation); a folder of another hash is simply another cache.
 Augmentation happens before encoding: each pair has `views`, of which the first is the pair as it is.
 """
 
@@ -139,13 +139,15 @@ def _fill(
     if clip is not None:
         shapes |= {"tokens": (clip.tokens, clip.token_width), "pooled": (clip.embedding_width,)}
     arrays = {n: open_memmap(part / f"{n}.npy", mode="w+", dtype=np.float16, shape=(total, *s)) for n, s in shapes.items()}
-    sums = torch.zeros(2, cells[0], dtype=torch.float64)
+    sums, decoded = torch.zeros(2, cells[0], dtype=torch.float64), None
     with tqdm(total=total, desc="caching latents", unit="image", disable=None) as bar:
         for start in range(0, total, batch_size):
             images = []
             for row in range(start, min(start + batch_size, total)):
                 pair = pairs[row // views]
-                images.append(torch.stack(view(*pair.read(size), settings, pair.id, row % views)))
+                if row % views == 0 or decoded is None:  # a pair's views follow one another: its files are read once
+                    decoded = pair.read(size)
+                images.append(torch.stack(view(*decoded, settings, pair.id, row % views)))
             source, target = to_float(torch.stack(images).to(device)).unbind(1)
             end = start + len(images)
             latents = {"target": autoencoder.encode(target).float().cpu(), "source": autoencoder.encode(source).float().cpu()}

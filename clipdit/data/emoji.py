@@ -32,7 +32,7 @@ from clipdit.data.npm import NpmPackage, fetch, members
 log = logging.getLogger(__name__)
 
 Task = Literal["edges2emoji", "emoji2flat"]
-Rgb = UInt8[np.ndarray, "H W 3"]
+Rgb = UInt8[np.ndarray, "S S 3"]
 Rgba = UInt8[np.ndarray, "H W 4"]
 
 

@@ -7,8 +7,6 @@ near-duplicates in one split. No file is renamed, moved or written, and none is 
 import hashlib
 import json
 import logging
-import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from clipdit.data.groups import MAX_DISTANCE, Groups, assign_splits
 from clipdit.data.layouts import Direction, Layout, Pair, Problem
 from clipdit.data.manifest import MANIFEST_NAMES, read_manifest
 from clipdit.data.scan import Progress, Scan, scan
+from clipdit.files import write_atomically
 
 __all__ = ["Direction", "Pair", "PairSet", "Problem", "find_pairs"]
 
@@ -178,10 +177,4 @@ def _save_groups(path: Path, fingerprint: str, pairs: Sequence[Pair], problems: 
         "groups": {pair.id: pair.group for pair in pairs},
         "problems": [[str(problem.path), problem.reason] for problem in problems],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_text(json.dumps(kept), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(kept))

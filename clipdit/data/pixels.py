@@ -14,7 +14,9 @@ from clipdit.images import fit
 def read_pixels(
     pairs: Sequence[Pair], size: tuple[int, int], *, on_pair: Callable[[], object] = lambda: None
 ) -> UInt8[Tensor, "n 2 3 H W"]:
-    """Source and target of every pair, fitted to (height, width) by padding; 6 H W bytes a pair. ValueError when there are none."""
+    """Source and target of every pair, fitted to (height, width) by padding; 6 H W bytes a pair.
+
+    ValueError when there are none."""
     if not pairs:
         raise ValueError("there are no pairs in this split; see `clipdit data check` for what was found")
     pixels = torch.empty((len(pairs), 2, 3, *size), dtype=torch.uint8)

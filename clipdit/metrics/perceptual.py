@@ -5,6 +5,8 @@ least 0, this is the squared distance between two vectors, one per image; `embed
 which is compared with many others goes through the network once. 0 is equal, about 0.5 and more is unlike; lower is nearer.
 """
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,26 +26,32 @@ SMALLEST_SIDE_PX = 32
 
 
 class PerceptualDistance(nn.Module):
-    """Frozen network + weights per channel -> distance. Subclasses say how an image becomes the maps of `maps`."""
+    """A frozen AlexNet in five stages, whose outputs are compared, with a weight for each channel.
+
+    Gradients flow through the network to the images, not to its weights.
+
+    Args:
+        stages: five, with one convolution each.
+        convolutions: (weight, bias) of those.
+        channel_weights: the weights of the five outputs' channels.
+
+    Raises ValueError or RuntimeError when shapes do not fit.
+    """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self) -> None:
+    def __init__(
+        self, stages: list[nn.Sequential], convolutions: list[tuple[Tensor, Tensor]], channel_weights: list[Tensor]
+    ) -> None:
         super().__init__()
+        self.stages = nn.ModuleList(stages)
+        own = [layer for layer in self.modules() if isinstance(layer, nn.Conv2d)]
+        for k, (layer, (weight, bias), channels) in enumerate(zip(own, convolutions, channel_weights, strict=True)):
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            self.register_buffer(f"weight{k}", channels.reshape(layer.out_channels).clamp(min=0))
         self.register_buffer("shift", torch.tensor(IMAGENET_SHIFT)[:, None, None])
         self.register_buffer("scale", torch.tensor(IMAGENET_SCALE)[:, None, None])
-
-    def maps(self, image: Image) -> list[Float[Tensor, "B _ _ _"]]:
-        """The feature maps at each depth, of an image already shifted and scaled."""
-        raise NotImplementedError
-
-    def settle(self, weights: list[Float[Tensor, "_"]]) -> None:
-        """Take the weight of each channel, one vector for each of `maps`, and freeze: no gradient to the network, no dropout;
-        gradients still flow through it to the images."""
-        self.depths = len(weights)
-        for k, weight in enumerate(weights):
-            self.register_buffer(f"weight{k}", weight.detach().clamp(min=0))
         self.eval().requires_grad_(False)
 
     def embed(self, image: Image) -> Float[Tensor, "B F"]:
@@ -52,13 +60,13 @@ class PerceptualDistance(nn.Module):
             raise ValueError(
                 f"image is {image.shape[-1]} x {image.shape[-2]}; perceptual distances need {SMALLEST_SIDE_PX} px a side"
             )
-        vectors = []
-        weights = [self.get_buffer(f"weight{k}") for k in range(self.depths)]
-        for features, weight in zip(self.maps((image - self.shift) / self.scale), weights, strict=True):
+        vectors, features = [], (image - self.shift) / self.scale
+        for k, stage in enumerate(self.stages):
+            features = stage(features)
             # vector_norm, not sqrt(sum of squares): its gradient at an all-zero pixel is 0 rather than NaN
-            features = features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
-            area = features.shape[-2] * features.shape[-1]
-            vectors.append((features * (weight / area).sqrt()[:, None, None]).flatten(1))
+            unit = features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
+            share = self.get_buffer(f"weight{k}") / (features.shape[-2] * features.shape[-1])
+            vectors.append((unit * share.sqrt()[:, None, None]).flatten(1))
         return torch.cat(vectors, dim=1)
 
     def forward(self, image: Image, other: Image) -> Float[Tensor, "B"]:
@@ -91,38 +99,19 @@ class STLPIPS(PerceptualDistance):
     """
 
     def __init__(self, weights: Path | None = None) -> None:
-        super().__init__()
-
-        def stage(*layers: nn.Module) -> nn.Sequential:
-            return nn.Sequential(*layers, nn.ReLU())
-
-        self.stages = nn.ModuleList(
-            [
-                stage(nn.Conv2d(3, 64, 11, padding=2), BlurPool(64)),
-                stage(nn.MaxPool2d(3, stride=1), BlurPool(64), nn.Conv2d(64, 192, 5, padding=2)),
-                stage(nn.MaxPool2d(3, stride=1), BlurPool(192), nn.Conv2d(192, 384, 3, padding=1)),
-                stage(nn.Conv2d(384, 256, 3, padding=1)),
-                stage(nn.Conv2d(256, 256, 3, padding=1)),
-            ]
-        )
         file = weights or packaged_file("stlpips_pytorch", "weights/vST0.0/alex_shift_tolerant.pth", what="ST-LPIPS")
-        state = load_weights(file)
         # the file counts layers through all stages: net.slice2.5 is the convolution of stage 2
-        convolutions = [m for stage in self.stages for m in stage if isinstance(m, nn.Conv2d)]  # pyright: ignore[reportGeneralTypeIssues]
         names = ("net.slice1.0", "net.slice2.5", "net.slice3.9", "net.slice4.11", "net.slice5.13")
-        try:
-            for convolution, name in zip(convolutions, names, strict=True):
-                convolution.load_state_dict({"weight": state[f"{name}.weight"], "bias": state[f"{name}.bias"]})
-            self.settle([state[f"lin{k}.model.1.weight"].reshape(c.out_channels) for k, c in enumerate(convolutions)])
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{file} does not hold ST-LPIPS (alex) weights: {str(error).splitlines()[0]}") from error
-
-    def maps(self, image: Image) -> list[Float[Tensor, "B _ _ _"]]:
-        maps = []
-        for stage in self.stages:
-            image = stage(image)
-            maps.append(image)
-        return maps
+        stages = [
+            nn.Sequential(nn.Conv2d(3, 64, 11, padding=2), BlurPool(64), nn.ReLU()),
+            nn.Sequential(nn.MaxPool2d(3, stride=1), BlurPool(64), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU()),
+            nn.Sequential(nn.MaxPool2d(3, stride=1), BlurPool(192), nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
+        ]
+        state = load_weights(file)
+        with _shapes_from(file, "ST-LPIPS (alex)"):
+            super().__init__(stages, _convolutions(state, names), [state[f"lin{k}.model.1.weight"] for k in range(5)])
 
 
 LPIPS_TRUNK = "alexnet-owt-7be5be79.pth"
@@ -135,36 +124,41 @@ def lpips_trunk_file() -> Path:
 
 
 class LPIPS(PerceptualDistance):
-    """LPIPS 0.1 with the AlexNet trunk, from package `lpips` (BSD 2-clause). The trunk is torchvision's,
-    downloaded once by the user.
+    """LPIPS 0.1 with the AlexNet trunk. Channel weights: package lpips (BSD 2-clause). The trunk is torchvision's, downloaded
+    once by the user.
 
-    Raises MissingWeights when the package or the trunk file is absent (nothing is downloaded here), ValueError when the file is
+    Raises MissingWeights when the package or the trunk file is absent (nothing is downloaded here), ValueError when a file is
     something else.
     """
 
     def __init__(self, trunk: Path | None = None) -> None:
-        super().__init__()
-        try:
-            import lpips  # optional: extra `metrics`
-        except ImportError as error:
-            raise MissingWeights('LPIPS needs package lpips, which is not installed: pip install "clipdit[metrics]"') from error
+        linear = packaged_file("lpips", "weights/v0.1/alex.pth", what="LPIPS")
         file = trunk or lpips_trunk_file()
         if not file.is_file():
             place = f"~/{file.relative_to(Path.home())}" if file.is_relative_to(Path.home()) else file
             url = f"https://download.pytorch.org/models/{LPIPS_TRUNK}"
             raise MissingWeights(f"LPIPS (alex) needs its trunk weights, which are absent: download {url} to {place}")
-        # pnet_rand: the package would download the trunk by itself; we hand in the file instead
-        network = lpips.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
-        state = load_weights(file)
-        try:
-            for name, parameter in network.net.named_parameters():
-                _, layer, kind = name.split(".")  # slice2.3.weight is torchvision's features.3.weight
-                parameter.data.copy_(state[f"features.{layer}.{kind}"])
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{file} does not hold torchvision's AlexNet: {str(error).splitlines()[0]}") from error
-        self.trunk = network.net
-        linear = network.state_dict()
-        self.settle([linear[f"lin{k}.model.1.weight"].flatten() for k in range(5)])
+        stages = [
+            nn.Sequential(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU()),
+            nn.Sequential(nn.MaxPool2d(3, stride=2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU()),
+            nn.Sequential(nn.MaxPool2d(3, stride=2), nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
+        ]
+        state, channels = load_weights(file), load_weights(linear)
+        with _shapes_from(file, "torchvision's AlexNet"):
+            convolutions = _convolutions(state, [f"features.{layer}" for layer in (0, 3, 6, 8, 10)])
+            super().__init__(stages, convolutions, [channels[f"lin{k}.model.1.weight"] for k in range(5)])
 
-    def maps(self, image: Image) -> list[Float[Tensor, "B _ _ _"]]:
-        return list(self.trunk(image))
+
+def _convolutions(state: dict[str, Tensor], names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    return [(state[f"{name}.weight"], state[f"{name}.bias"]) for name in names]
+
+
+@contextlib.contextmanager
+def _shapes_from(file: Path, network: str) -> Iterator[None]:
+    """A tensor that is missing or of another shape becomes one line that names the file."""
+    try:
+        yield
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{file} does not hold the weights of {network}: {str(error).splitlines()[0]}") from error

@@ -1,7 +1,7 @@
 """The CLIP image encoder (Radford et al. 2021): transformers' vision tower, reading what the source shows.
 
-Images come in as [-1, 1] and are resized and normalised inside, on the device and differentiably, so that training can also ask how
-similar two decoded images are in CLIP's eyes.
+Images come in as [-1, 1] and are resized and normalised inside, on the device and differentiably, so that training can also ask
+how similar two decoded images are in CLIP's eyes.
 """
 
 from pathlib import Path
@@ -64,7 +64,7 @@ def encode(model: CLIPVisionModelWithProjection, mean: Tensor, std: Tensor, imag
 
 
 def load_clip(where: str | Path) -> CLIPVisionModelWithProjection:
-    """CLIP's vision tower from a folder (a CLIP or CLIP-vision folder, or one with `image_encoder/` or `clip/` inside) or a hub id.
+    """CLIP's vision tower from a hub id or a folder: of CLIP, of its vision tower, or one with `image_encoder/` or `clip/` inside.
 
     ValueError, one line, when there is none. Safetensors only."""
     folder = Path(where)
@@ -74,7 +74,7 @@ def load_clip(where: str | Path) -> CLIPVisionModelWithProjection:
         name = str(inner[0] if inner else folder)
         if not (Path(name) / "config.json").exists():
             raise ValueError(
-                f"{folder} holds no config.json, so it is no CLIP; give a transformers CLIP folder, a checkpoint folder or a hub id"
+                f"{folder} holds no config.json, so it is no CLIP; give a CLIP folder, a checkpoint folder or a hub id"
             )
     try:
         return CLIPVisionModelWithProjection.from_pretrained(name, use_safetensors=True)

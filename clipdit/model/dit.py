@@ -190,7 +190,7 @@ class DiT(ModelMixin, ConfigMixin):
         self.initialize()
 
     def initialize(self) -> None:
-        """DiT's: Xavier for linear layers; zero for what ends a branch or speaks for the source, so training starts as identity."""
+        """DiT's: Xavier for linear layers; zero for what ends a branch or speaks for the source: a block starts as identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

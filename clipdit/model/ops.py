@@ -61,10 +61,27 @@ def rotate(x: Float[Tensor, "B heads N d"], cos: Float[Tensor, "N d"], sin: Floa
     return (x.float() * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
 
+Heads = Float[Tensor, "B heads N d"]
+
+
+def attend(q: Heads, k: Float[Tensor, "B heads M d"], v: Float[Tensor, "B heads M d"]) -> Heads:
+    """softmax(q k^T / sqrt(d)) v.
+
+    Training on a CPU spells it out: the backward pass of PyTorch's CPU flash attention took three times as long as these three
+    operations in bfloat16 (torch 2.15, 64 and 256 tokens, `clipdit bench training` shows the difference in images/s)."""
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+        batch, heads, rows, width = q.shape
+        scores = torch.baddbmm(
+            q.new_zeros(1, 1, 1), q.reshape(-1, rows, width), k.reshape(-1, k.shape[2], width).mT, beta=0, alpha=width**-0.5
+        )
+        return (scores.softmax(-1).to(v.dtype) @ v.reshape(-1, v.shape[2], width)).reshape(batch, heads, rows, width)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 def attention(q: Rows, k: Float[Tensor, "B M D"], v: Float[Tensor, "B M D"], *, heads: int) -> Rows:
     """Softmax attention over `heads` heads, self (M = N) or cross; scale 1 / sqrt(head dim)."""
     q, k, v = (rearrange(z, "B N (heads d) -> B heads N d", heads=heads) for z in (q, k, v))
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "B heads N d -> B N (heads d)")
+    return rearrange(attend(q, k, v), "B heads N d -> B N (heads d)")
 
 
 def qkv_attention(
@@ -81,7 +98,7 @@ def qkv_attention(
         q, k = rms_norm(q, q_weight), rms_norm(k, k_weight)
     if rotary is not None:
         q, k = rotate(q, *rotary), rotate(k, *rotary)
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "B heads N d -> B N (heads d)")
+    return rearrange(attend(q, k, v), "B heads N d -> B N (heads d)")
 
 
 def patchify(x: Float[Tensor, "B C h w"], patch: int) -> Float[Tensor, "B N K"]:

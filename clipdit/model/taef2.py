@@ -1,7 +1,7 @@
 """TAEF2, a tiny autoencoder with 32 latent channels (Ollin Boer Bohan, MIT), as a diffusers model. Images in [-1, 1] outside.
 
 The layers are those its published state dicts name: three-convolution residual blocks at 64 channels, stride-2 convolutions down,
-nearest upsampling up, and at 1/8 resolution blocks with a "pool" branch. Layer numbers follow the files, so keys load as they are.
+nearest upsampling up, and at 1/8 resolution blocks with a "pool" branch. Layer numbers follow the files, so keys fit.
 """
 
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ class Taef2(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_state_dicts(cls, encoder: Path, decoder: Path) -> "Taef2":
-        """From the two published .pth files (plain tensors; nothing pickled is executed). ValueError if they are something else."""
+        """From the two published .pth files (plain tensors, nothing is executed). ValueError if they are something else."""
         vae = cls()
         for part, file in ((vae.encoder, encoder), (vae.decoder, decoder)):
             try:

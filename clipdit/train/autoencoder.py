@@ -48,7 +48,7 @@ class AutoencoderSettings:
             layers_per_block=self.layers,
             latent_channels=self.latent_channels,
             norm_num_groups=8,
-            mid_block_add_attention=False,  # one head as wide as the level: no fused kernel takes it, and small images do not need it
+            mid_block_add_attention=False,  # one head as wide as the level: no fused kernel takes it
             use_quant_conv=False,
             use_post_quant_conv=False,
             scaling_factor=1.0,  # latents are standardised by channel instead, see clipdit.model.autoencoder

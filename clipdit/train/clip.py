@@ -1,7 +1,7 @@
 """Trains a small CLIP on what a data folder holds: both images of a pair and their names (names.jsonl).
 
-Symmetric InfoNCE (Radford et al. 2021, fig. 3) between names and targets, names and sources, and sources and targets. The last two
-are ours: the encoder will read sources (line drawings), and has to see in them what it sees in the finished picture.
+Symmetric InfoNCE (Radford et al. 2021, fig. 3) between names and targets, names and sources, and sources and targets. The last
+two are ours: the encoder will read sources (line drawings), and has to see in them what it sees in the finished picture.
 """
 
 import json

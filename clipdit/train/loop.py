@@ -9,8 +9,6 @@ import contextlib
 import json
 import logging
 import math
-import signal
-import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from clipdit.train.guard import Interrupt, Interval, agreed, check_same_experiment, check_sane
 from clipdit.train.order import rank_slice
 from clipdit.train.record import Record
 from clipdit.train.state import Progress, clear_leftovers, load_state, read_progress, save_state
@@ -84,54 +83,6 @@ class TrainSettings:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; wanted a finite number above 0")
 
 
-class Diverged(ValueError):
-    """Training went wrong; the message says when and what to change."""
-
-
-class Interval:
-    """Sums over the steps since the last row of the history. They stay on the device: reading one waits for the GPU."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0
-        self.loading_s = 0.0
-        self.began = time.monotonic()
-
-    def add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over the steps and the processes, and how fast it went."""
-        names = list(self.sums)
-        values = accelerator.reduce(torch.stack([self.sums[name] for name in names]), "mean") / self.steps
-        row = {n if n == "gradient_norm" else f"loss/{n}": v for n, v in zip(names, values.tolist(), strict=True)}
-        seconds = time.monotonic() - self.began
-        return row | {"steps_per_s": self.steps / seconds, "loading_share": self.loading_s / seconds}
-
-
-class Interrupt:
-    """Inside the `with`, Ctrl-C and SIGTERM set `asked` instead of breaking off in the middle of a step; a second one breaks off."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def _ask(self, number: int, frame) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        logger.info("stopping after this step; once more to stop at once")
-
-    def __enter__(self) -> "Interrupt":
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():  # signals belong to it
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def resolve_precision(precision: str, device: torch.device) -> Literal["bf16", "no"]:
     """What "auto" means on this device, in accelerate's words."""
     if precision == "auto":
@@ -160,45 +111,6 @@ def make_optimizer(task: Task, settings: TrainSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, fused=True)
 
 
-def check_sane(row: dict[str, float], progress: Progress, settings: TrainSettings) -> None:
-    """Raises Diverged for a loss or gradient that is not finite, or a loss far above the lowest one so far."""
-    for name, value in row.items():
-        if not math.isfinite(value):
-            raise Diverged(
-                f"{name} became {value} by step {progress.step}; the checkpoint of the last save is intact. Lower train.lr "
-                f"(now {settings.lr:g}) or train.clip_norm, or use --train.precision fp32"
-            )
-    if row["loss/total"] > settings.divergence * progress.lowest_loss > 0:
-        raise Diverged(
-            f"the loss is {row['loss/total']:.4g} at step {progress.step}, {settings.divergence:g} times its lowest "
-            f"{progress.lowest_loss:.4g}; the checkpoint of the last save is intact. Lower train.lr (now {settings.lr:g})"
-        )
-
-
-def check_same_experiment(stored: str, wanted: dict) -> None:
-    """ValueError naming the first setting in which a run would be resumed differently from how it began."""
-    before, now = _flat(json.loads(stored)), _flat(json.loads(json.dumps(wanted)))
-    for name in before | now:
-        if before.get(name) != now.get(name) and name not in ("train.steps",):
-            raise ValueError(
-                f"the run began with {name} = {before.get(name)!r}, now it is {now.get(name)!r}; resume with the settings it began with"
-            )
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _agreed(accelerator: Accelerator, value: float) -> float:
-    """The mean over the processes, so that all act alike. One process need not talk to itself."""
-    if accelerator.num_processes == 1:
-        return value
-    return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), "mean"))
-
-
 def _total(losses: Losses, weights: dict[str, float]) -> Tensor:
     return torch.stack([factor * losses[name].float().mean() for name, factor in weights.items() if name in losses]).sum()
 
@@ -215,15 +127,15 @@ def train(
     """Train until `settings.steps`, or until `minutes` of training (over all resumptions) are spent.
 
     `experiment` is the resolved configuration, kept in the state: resuming with another one is refused. Ctrl-C saves and raises
-    KeyboardInterrupt. Raises ValueError when the run cannot be resumed, Diverged when the loss is no longer a sensible number; the
-    checkpoint before that stays.
+    KeyboardInterrupt. Raises ValueError when the run cannot be resumed, Diverged when the loss is no longer a sensible
+    number; the checkpoint before that stays.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     accelerator = Accelerator(mixed_precision=resolve_precision(settings.precision, state.device))
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     if settings.batch_size % (world * settings.accumulate):
         raise ValueError(
-            f"train.batch_size {settings.batch_size} does not divide among {world} processes x {settings.accumulate} parts; change it"
+            f"train.batch_size {settings.batch_size} does not divide among {world} processes x {settings.accumulate} parts"
         )
     fingerprint = json.dumps(experiment, sort_keys=True)
     optimizer = make_optimizer(task, settings)
@@ -288,7 +200,7 @@ def train(
                 began = time.monotonic()
                 batch = rank_slice(task.draw(step), rank, world)
                 interval.loading_s += time.monotonic() - began
-                share = _agreed(accelerator, progress.seconds / (60 * minutes)) if minutes else 0.0
+                share = agreed(accelerator, progress.seconds / (60 * minutes)) if minutes else 0.0
                 rate = learning_rate(settings, step, share)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -313,7 +225,7 @@ def train(
                 progress = replace(progress, step=step + 1, seconds=resumed_at.seconds + now - clock)
                 spent = minutes is not None and progress.seconds >= 60 * minutes
                 # every process must stop and save at the same step, whoever was asked to
-                ends = _agreed(accelerator, float(spent or interrupted.asked)) > 0
+                ends = agreed(accelerator, float(spent or interrupted.asked)) > 0
                 done = ends or progress.step == settings.steps
                 saves = done or progress.step % settings.save_every == 0
                 if saves or progress.step % settings.log_every == 0:

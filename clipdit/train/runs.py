@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from clipdit.assets import built_in_checkpoint
+from clipdit.backend import builtin_checkpoint
 from clipdit.data.cache import build_cache
 from clipdit.data.layouts import Pair
 from clipdit.data.pairs import find_pairs
@@ -29,7 +29,8 @@ from clipdit.pipeline import ClipDiTPipeline, save_checkpoint
 from clipdit.presets import BUILT_IN
 from clipdit.train.autoencoder import AutoencoderTask
 from clipdit.train.clip import ClipTask, read_captions
-from clipdit.train.loop import check_same_experiment, train
+from clipdit.train.guard import check_same_experiment
+from clipdit.train.loop import train
 from clipdit.train.state import STATE_FILE, Progress, read_progress
 from clipdit.train.task import Task
 from clipdit.train.translation import Held, TranslationTask
@@ -51,7 +52,7 @@ def run(
     elif out.exists() and (not out.is_dir() or any(out.iterdir())) and not _only_cache(out):
         hint = "add --resume to go on, or give another folder" if (out / STATE_FILE).exists() else "give a new or empty folder"
         raise ValueError(f"{out} is there already; {hint}")
-    found = find_pairs(data, direction=experiment.pairs.direction)
+    found = find_pairs(data, direction=experiment.pairs.direction, read_pixels=True)
     for problem in found.problems[:5]:
         logger.warning("left out %s", problem)
     if len(found.problems) > 5:
@@ -64,7 +65,7 @@ def run(
     logger.info("%d pairs to train on, %d held out for sample sheets (%s)", len(pairs), len(val), found.layout)
     match experiment:
         case TranslationExperiment():
-            task = _translation(experiment, pairs, val, out, resume)
+            task = translation_task(experiment, pairs, val, out, resume)
         case AutoencoderExperiment():
             size = (experiment.pairs.size, experiment.pairs.size)
             task = AutoencoderTask(
@@ -95,18 +96,23 @@ def _clip(experiment: ClipExperiment, pairs: Sequence[Pair], val: Sequence[Pair]
 
 def locate(part: str) -> str:
     """A VAE or CLIP as the user names it; "built-in" is the package's own."""
-    return str(built_in_checkpoint()) if part == BUILT_IN else part
+    if part != BUILT_IN:
+        return part
+    folder = builtin_checkpoint()
+    if not (folder / "model_index.json").exists():
+        raise ValueError("this installation has no built-in checkpoint; give --vae and --clip, by folder or hub id")
+    return str(folder)
 
 
 def check_size(settings: PairSettings, downscale: int, patch: int) -> None:
     """ValueError unless the size divides into the DiT's tokens."""
     if settings.size % (downscale * patch):
         raise ValueError(
-            f"pairs.size is {settings.size}; with a VAE of {downscale} pixels a cell and patch {patch} it must be a multiple of {downscale * patch}"
+            f"pairs.size is {settings.size}; wanted a multiple of {downscale * patch} ({downscale} pixels a cell, patch {patch})"
         )
 
 
-def _translation(experiment: TranslationExperiment, pairs: Sequence[Pair], val: Sequence[Pair], out: Path, resume: bool) -> Task:
+def translation_task(experiment: TranslationExperiment, pairs: Sequence[Pair], val: Sequence[Pair], out: Path, resume: bool) -> Task:
     settings, model = experiment.train, experiment.model
     size = (experiment.pairs.size, experiment.pairs.size)
     vae = load_vae(locate(experiment.vae)).eval()

@@ -1,7 +1,7 @@
-"""Trains the DiT on cached latents: the objective's squared error, and optionally what CLIP and LPIPS think of the decoded estimate.
+"""Trains the DiT on cached latents: the objective's squared error and, if asked, what CLIP and LPIPS think of the decoded image.
 
-The pixel losses (both of the paper) look at the clean image that the prediction implies, decoded on a crop, and only where there is
-little noise: elsewhere the estimate is a blur, and no picture that one could judge.
+The pixel losses (both of the paper) look at the clean image that the prediction implies, decoded on a crop, and only where there
+is little noise: elsewhere the estimate is a blur, and no picture that one could judge.
 """
 
 from dataclasses import dataclass

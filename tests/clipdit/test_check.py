@@ -9,7 +9,7 @@ from PIL import Image
 from clipdit.commands.data_check import check
 from clipdit.data.check import check_folder
 from clipdit.data.pairs import find_pairs
-from clipdit.images import image_size
+from clipdit.images import ImageError, image_size
 
 
 def write(path, seed, size=(64, 32)):
@@ -85,8 +85,11 @@ def test_every_odd_file_is_usable_or_named_with_its_reason_and_none_is_lost(odd_
 def test_odd_files_as_one_side_of_a_folder_are_all_accounted_for(odd_images, tmp_path):
     """As users have them: a folder of sources, a folder of targets."""
     (tmp_path / "A").symlink_to(odd_images.folder)
-    for name, outcome in odd_images.expected.items():
-        height, width = image_size(odd_images.folder / name) if outcome == "ok" else (8, 8)
+    for name in odd_images.expected:
+        try:
+            height, width = image_size(odd_images.folder / name)
+        except ImageError:
+            height, width = 8, 8
         write(tmp_path / "B" / Path(name).with_suffix(".png"), 1, (width, height))
     found = find_pairs(tmp_path, read_pixels=True)
     usable = {pair.source.name for pair in found.pairs}
