@@ -1,6 +1,7 @@
 """An evaluation as a person or a program reads it: a dict for JSON, a table of one screen, warnings, a contact sheet."""
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
@@ -22,7 +23,7 @@ FEW_IMAGES = 50
 """Below this many held-out pairs KID and FD say little."""
 
 
-def as_dict(evaluation: Evaluation) -> dict[str, object]:
+def as_dict(evaluation: Evaluation) -> dict[str, Any]:
     """Everything, ready for json.dumps: provenance, protocol, one entry a row, and the model's values image by image."""
     evaluator, judges = evaluation.evaluator, evaluation.evaluator.judges
     pairs = evaluator.pairs
@@ -59,7 +60,7 @@ def as_dict(evaluation: Evaluation) -> dict[str, object]:
     }
 
 
-def row_dict(evaluation: Evaluation, name: str) -> dict[str, object]:
+def row_dict(evaluation: Evaluation, name: str) -> dict[str, Any]:
     """One row: realism, faithfulness, distance, diversity, appearance, failures. What was not measured is absent."""
     row = evaluation.rows[name]
     distance = {}
@@ -84,7 +85,7 @@ def row_dict(evaluation: Evaluation, name: str) -> dict[str, object]:
     return {part: content for part, content in found.items() if content}
 
 
-def _realism(evaluation: Evaluation, name: str) -> dict[str, object]:
+def _realism(evaluation: Evaluation, name: str) -> dict[str, Any]:
     """KID and FD of the row's features against the held-out targets'; for `real`, those of training targets."""
     evaluator = evaluation.evaluator
     targets = evaluator.target_features
@@ -113,7 +114,7 @@ def _any_failure(row: Row) -> Tensor:
     return torch.stack(list(row.failed.values())).any(dim=0)
 
 
-def _by_image(evaluation: Evaluation) -> list[dict[str, object]]:
+def _by_image(evaluation: Evaluation) -> list[dict[str, Any]]:
     row = evaluation.rows.get("model")
     if row is None:
         return []

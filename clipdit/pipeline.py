@@ -3,26 +3,29 @@
     model_index.json   transformer/   vae/   image_encoder/   scheduler/   experiment.json   README.md (the model card)
 
 `model_index.json` also carries what a user of the weights needs: statistics of the latents, size, default steps and guidance.
-Only safetensors are ever read. `load_checkpoint` refuses a folder that is damaged or does not fit together, in one line.
+Only safetensors are ever read. A folder that is damaged or does not fit together is refused in one line. See docs/checkpoint.md.
 """
 
-import json
+import copy
+import math
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from jaxtyping import UInt8
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from clipdit.backend import SamplingDefaults
-from clipdit.model.autoencoder import VAE, Autoencoder
-from clipdit.model.clip import ClipImageEncoder
+from clipdit.model.autoencoder import KINDS, VAE, Autoencoder
+from clipdit.model.clip import ClipImageEncoder, load_clip_folder
 from clipdit.model.dit import DiT
+from clipdit.model.weights import hub_errors, load_diffusers, read_json, refused
 from clipdit.objective import Objective, objective_from
 
 
@@ -37,7 +40,6 @@ class ClipDiTPipeline(DiffusionPipeline):
         default_steps, default_guidance: used when a call names none.
     """
 
-    model_cpu_offload_seq = "image_encoder->transformer->vae"
     _optional_components = ["image_encoder"]  # noqa: RUF012  (diffusers reads a list)
 
     transformer: DiT
@@ -53,7 +55,7 @@ class ClipDiTPipeline(DiffusionPipeline):
         image_encoder: CLIPVisionModelWithProjection | None = None,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
-        image_size: Sequence[int] = (256, 256),
+        image_size: tuple[int, int] | list[int] = (256, 256),
         default_steps: int = 20,
         default_guidance: float = 1.0,
     ):
@@ -67,17 +69,19 @@ class ClipDiTPipeline(DiffusionPipeline):
             default_guidance=default_guidance,
         )
 
-    @cached_property
+    # Made at each call, not kept: a user of diffusers replaces `pipeline.vae` or `pipeline.scheduler`, or moves the pipeline.
+
+    @property
     def autoencoder(self) -> Autoencoder:
-        """The VAE with standardised latents."""
-        return Autoencoder(self.vae, self.config.latents_mean, self.config.latents_std).to(self.vae.device)
+        """The VAE with standardised latents, on the VAE's device."""
+        return Autoencoder(self.vae, self.config["latents_mean"], self.config["latents_std"])
 
-    @cached_property
+    @property
     def clip(self) -> ClipImageEncoder | None:
-        """The image encoder with its preprocessing, None without one."""
-        return ClipImageEncoder(self.image_encoder).to(self.image_encoder.device) if self.image_encoder is not None else None
+        """The image encoder with its preprocessing, on its device; None without one."""
+        return ClipImageEncoder(self.image_encoder) if self.image_encoder is not None else None
 
-    @cached_property
+    @property
     def objective(self) -> Objective:
         """What the network predicts, and the sampling tables for it."""
         return objective_from(self.scheduler)
@@ -85,12 +89,34 @@ class ClipDiTPipeline(DiffusionPipeline):
     @property
     def native_size(self) -> tuple[int, int]:
         """(height, width) of training, pixels."""
-        height, width = self.config.image_size
+        height, width = self.config["image_size"]
         return int(height), int(width)
 
     @property
     def sampling_defaults(self) -> SamplingDefaults:
-        return SamplingDefaults(steps=self.config.default_steps, guidance=self.config.default_guidance, solver=None)
+        return SamplingDefaults(steps=self.config["default_steps"], guidance=self.config["default_guidance"], solver=None)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "ClipDiTPipeline":
+        """The pipeline in a folder or at a hub id. Options as in diffusers, but weights are safetensors, whatever is asked for.
+
+        Raises ValueError, one line, for what `load_checkpoint` refuses. Options beyond those of a download, the dtype and
+        replaced components (`variant`, `device_map`, quantisation) leave the reading, and its errors, to diffusers."""
+        if options.pop("use_safetensors", True) is False:
+            raise ValueError("use_safetensors is False; clipdit reads safetensors only")
+        name, folder = str(pretrained_model_name_or_path), Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            with hub_errors(name, "checkpoint"):
+                folder = Path(cls.download(name, use_safetensors=True, **{k: v for k, v in options.items() if k in DOWNLOAD}))
+        dtype = options.get("dtype") or options.get("torch_dtype") or torch.float32
+        given = {key: value for key, value in options.items() if key in (*PARTS, "image_encoder", *SETTINGS)}
+        plain = DOWNLOAD | {"dtype", "torch_dtype", "low_cpu_mem_usage"} | given.keys()
+        if isinstance(dtype, torch.dtype) and options.keys() <= plain:
+            return _load(folder, dtype, given)
+        _read_index(folder)
+        pipeline = super().from_pretrained(str(folder), use_safetensors=True, **options)
+        _check_fit(folder, pipeline)
+        return pipeline
 
     @torch.inference_mode()
     def __call__(
@@ -114,107 +140,136 @@ class ClipDiTPipeline(DiffusionPipeline):
 
 
 PARTS = ("transformer", "vae", "scheduler")
+"""Folders of every checkpoint; `image_encoder` is there unless the conditioning is "concat"."""
+SETTINGS = ("latents_mean", "latents_std", "image_size", "default_steps", "default_guidance")
+"""What `model_index.json` says beside the names of the parts."""
+DOWNLOAD = {"cache_dir", "force_download", "proxies", "local_files_only", "token", "revision"}
 
 
 def load_checkpoint(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> ClipDiTPipeline:
-    """The checkpoint in `folder`, on the CPU. ValueError, one line, when it is missing, damaged, pickled or does not
-    fit together."""
-    folder = Path(folder)
-    index = _index(folder)
-    for part in [*PARTS, *(["image_encoder"] if index.get("image_encoder", [None])[0] else [])]:
-        _check_part(folder, part)
-    try:
-        pipeline = ClipDiTPipeline.from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-        ).to(dtype=dtype)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-        AttributeError,
-        SafetensorError,
-        json.JSONDecodeError,
-    ) as error:
-        # whatever a damaged configuration makes of a library's loading code; the cause stays attached
-        raise ValueError(f"{folder} cannot be loaded as a checkpoint: {_one_line(error)}") from error
+    """The checkpoint in `folder`, on the CPU, for inference, whatever precision it is stored in. ValueError, one line, when it is
+    missing, damaged, pickled or does not fit together."""
+    return _load(Path(folder), dtype, {})
+
+
+def _load(folder: Path, dtype: torch.dtype, given: dict[str, Any]) -> ClipDiTPipeline:
+    """`given` stands in for parts and settings of the folder."""
+    index = _read_index(folder)
+    readers = {
+        "transformer": lambda where: load_diffusers(DiT, where, dtype),
+        "vae": lambda where: load_diffusers(KINDS[index["vae"][1]], where, dtype),
+        "image_encoder": lambda where: load_clip_folder(where, dtype),
+        "scheduler": lambda where: _read_scheduler(where, index["scheduler"][1]),
+    }
+    parts = {name: given[name] if name in given else read(folder / name) for name, read in readers.items() if name in index}
+    settings = {name: given.get(name, index[name]) for name in SETTINGS if name in index or name in given}
+    with refused(f"{folder} cannot be loaded as a checkpoint"):
+        pipeline = ClipDiTPipeline(**(parts | given | settings))
     _check_fit(folder, pipeline)
     return pipeline
 
 
-def _index(folder: Path) -> dict:
+CLASSES = {
+    "transformer": {("clipdit.model.dit", "DiT")},
+    "vae": {(kind.__module__ if name == "Taef2" else "diffusers", name) for name, kind in KINDS.items()},
+    "image_encoder": {("transformers", "CLIPVisionModelWithProjection")},
+}
+"""By part, what `model_index.json` may name: (library, class). Nothing else is imported because a file asks for it."""
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """`model_index.json`, without parts that are not there. ValueError unless it is one of a ClipDiTPipeline."""
     path = folder / "model_index.json"
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; give a checkpoint made by `clipdit train`")
     if not path.exists():
         raise ValueError(f"{folder} holds no model_index.json, so it is no checkpoint; give a folder made by `clipdit train`")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        name = index["_class_name"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {_one_line(error)}") from error
-    if name not in ("ClipDiTPipeline", ["clipdit.pipeline", "ClipDiTPipeline"]):
-        raise ValueError(f"{folder} is a {name}; wanted a ClipDiTPipeline made by `clipdit train`")
+    index = read_json(path)
+    if index.get("_class_name") != "ClipDiTPipeline":
+        raise ValueError(f"{folder} is a {index.get('_class_name')}; wanted a ClipDiTPipeline made by `clipdit train`")
+    if index.get("image_encoder") in (None, [None, None]):
+        index.pop("image_encoder", None)
+    for part in (*PARTS, "image_encoder") if "image_encoder" in index else PARTS:
+        named = index.get(part)
+        if not isinstance(named, list) or len(named) != 2 or not all(isinstance(word, str) for word in named):
+            raise ValueError(f"{path} is damaged: {part} is {named!r}; wanted its library and class")
+        if part in CLASSES and tuple(named) not in CLASSES[part]:
+            wanted = " or ".join(sorted(name for _, name in CLASSES[part]))
+            raise ValueError(f"{path} names {'.'.join(named)} as {part}; wanted {wanted}")
+    _check_settings(index, path)
     return index
 
 
-def _check_part(folder: Path, part: str) -> None:
-    """That a part is there, is safetensors, and is whole."""
-    config = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-    if not config.exists():
-        raise ValueError(f"{folder} is not whole: {config.relative_to(folder)} is missing")
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{config} is damaged: {_one_line(error)}") from error
-    if part == "scheduler":
-        return
-    files = sorted((folder / part).glob("*.safetensors"))
-    if not files:
-        pickled = sorted(p.name for p in (folder / part).iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
-        hint = f"; {pickled[0]} is a pickle, which can run code and is never loaded" if pickled else ""
-        raise ValueError(f"{folder} is not whole: {part}/ holds no .safetensors file{hint}")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as weights:
-                weights.keys()
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged or no safetensors file: {_one_line(error)}") from error
+def _read_scheduler(folder: Path, name: str) -> SchedulerMixin:
+    """The diffusers scheduler of that class. Whether clipdit samples as it does is for `objective_from` to say."""
+    path = folder / "scheduler_config.json"
+    config = read_json(path)
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ValueError(f"{folder.parent / 'model_index.json'} names {name} as scheduler, which diffusers does not have")
+    if config.get("_class_name") != name:
+        raise ValueError(f"{path} is of class {config.get('_class_name')}, but model_index.json names {name}")
+    with refused(f"{path} is damaged"):
+        return kind.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]  (every scheduler is a ConfigMixin)
+
+
+def _check_settings(index: dict[str, Any], path: Path) -> None:
+    """That what stands beside the parts is of the right kind; ranges that depend on the parts come later."""
+
+    def number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    def count(value: object) -> bool:
+        return type(value) is int and value > 0
+
+    def numbers(value: object) -> bool:
+        return value is None or (isinstance(value, list) and all(number(v) for v in value))
+
+    wanted = {
+        "latents_mean": (numbers, "a finite number for each latent channel"),
+        "latents_std": (numbers, "a finite number for each latent channel"),
+        "image_size": (lambda v: isinstance(v, list) and len(v) == 2 and all(map(count, v)), "[height, width] in pixels"),
+        "default_steps": (count, "a whole number above 0"),
+        "default_guidance": (lambda v: number(v) and v >= 0, "a number, 1 for none"),
+    }
+    for name, (is_right, words) in wanted.items():
+        if name in index and not is_right(index[name]):
+            raise ValueError(f"{path} is damaged: {name} is {index[name]!r:.80}; wanted {words}")
 
 
 def _check_fit(folder: Path, pipeline: ClipDiTPipeline) -> None:
-    """That the parts belong to one another."""
+    """That the parts belong to one another, and the settings to them."""
     dit, vae, image_encoder = pipeline.transformer, pipeline.vae, pipeline.image_encoder
-    channels = int(vae.config.latent_channels)
-    if dit.config.latent_channels != channels:
-        raise ValueError(
-            f"{folder} does not fit together: the DiT takes {dit.config.latent_channels} channels, the VAE makes {channels}"
-        )
-    if dit.reads_clip and image_encoder is None:
-        raise ValueError(f'{folder} does not fit together: conditioning "{dit.config.conditioning}" needs an image_encoder')
-    if dit.reads_clip and image_encoder is not None:
-        wanted = (dit.config.clip_token_width, dit.config.clip_embedding_width)
+    problem = None
+    channels = int(vae.config["latent_channels"])
+    if dit.config["latent_channels"] != channels:
+        problem = f"the DiT takes {dit.config["latent_channels"]} latent channels, the VAE makes {channels}"
+    elif dit.reads_clip and image_encoder is None:
+        problem = f'conditioning "{dit.config["conditioning"]}" needs an image_encoder'
+    elif dit.reads_clip and image_encoder is not None:
+        wanted = (dit.config["clip_token_width"], dit.config["clip_embedding_width"])
         got = (image_encoder.config.hidden_size, image_encoder.config.projection_dim)
         if wanted != got:
-            raise ValueError(
-                f"{folder} does not fit together: the transformer takes CLIP of widths {wanted}, the encoder makes {got}"
-            )
-    for module in (dit, vae, image_encoder):
-        for name, tensor in module.state_dict().items() if module is not None else []:
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ValueError(f"{folder} is damaged: {type(module).__name__} holds numbers that are not finite, in {name}")
-    try:
-        pipeline.autoencoder, pipeline.objective  # noqa: B018  (built here, so that what is wrong with them is said here)
-    except ValueError as error:
-        raise ValueError(f"{folder} does not fit together: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+            problem = f"the DiT takes CLIP tokens and embeddings of widths {wanted}, the image_encoder makes {got}"
+    if problem is not None:
+        raise ValueError(f"{folder} does not fit together: {problem}")
+    with refused(f"{folder} does not fit together"):  # here, so that it is not found out in the middle of the work
+        multiple = pipeline.autoencoder.downscale * dit.config["patch"]
+        if any(side % multiple for side in pipeline.native_size):
+            raise ValueError(f"image_size is {list(pipeline.native_size)}; wanted multiples of {multiple}")
+        pipeline.objective.table(pipeline.sampling_defaults.steps)
 
 
 def save_checkpoint(pipeline: ClipDiTPipeline, folder: Path) -> None:
-    """Write the folder. `model_index.json` names our classes by module, so diffusers finds them without a custom-code flag."""
-    pipeline.save_pretrained(str(folder), safe_serialization=True)
+    """Write the folder. `model_index.json` comes last and names our classes by module, so that diffusers finds them.
+
+    What `pipeline.save_pretrained` writes, without transformers' progress bar of one step."""
+    for name in PARTS:
+        getattr(pipeline, name).save_pretrained(folder / name)
+    if pipeline.image_encoder is not None:
+        config = copy.deepcopy(pipeline.image_encoder.config)
+        config.architectures = [type(pipeline.image_encoder).__name__]
+        config.save_pretrained(folder / "image_encoder")
+        weights = {name: tensor.contiguous() for name, tensor in pipeline.image_encoder.state_dict().items()}
+        save_file(weights, folder / "image_encoder" / "model.safetensors", metadata={"format": "pt"})
+    pipeline.save_config(folder)

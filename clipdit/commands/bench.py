@@ -77,7 +77,7 @@ def _table(result: dict, out: Path) -> str:
     return "\n".join(
         [
             *lines,
-            f"the first over the second: {ratio['median']:.2f} times ({ratio['low']:.2f} - {ratio['high']:.2f}), goal {result['goal']}",
+            f"the first over the second: {ratio['median']:.2f} times ({ratio['low']:.2f} - {ratio['high']:.2f})",
             f"caching: {caching['pairs_per_s']:.1f} pairs/s, once",
             f"batch {settings['batch_size']}, {settings['precision']}, {settings['device']}; see {out}",
         ]

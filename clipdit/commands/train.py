@@ -16,7 +16,7 @@ def train(arguments: list[str]) -> int:
 
     summaries = [f"  {name:<18} {(function.__doc__ or '').strip().splitlines()[0]}" for name, function in PRESETS.items()]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: clipdit train PRESET --data DIR --out RUN [--minutes M] [--resume] [--SETTING VALUE ...]\n")
+        print("usage: clipdit train PRESET --data DIR --out RUN [--minutes M] [--resume] [--json] [--SETTING VALUE ...]\n")
         print("presets:\n" + "\n".join(summaries))
         print("\n`clipdit train PRESET --help` lists every setting with its default.")
         return 0 if arguments else 2

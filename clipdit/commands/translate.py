@@ -133,27 +133,25 @@ def _translate_many(
 
 
 def _translate_one(translator: "Translator", source: str, output: str, settings: "JobSettings", json: bool) -> int:
+    from clipdit.cli import DONE
     from clipdit.images import encode_image, read_image, write_image
 
     start_s = time.perf_counter()
-    image = read_image(sys.stdin.buffer.read() if source == "-" else Path(source))
+    path = None if output == "-" else Path(output)
+    if path is not None and (path.is_dir() or not path.suffix):
+        path = path / f"{Path(source).stem if source != '-' else 'output'}.{settings.format}"
+    if path is not None and source != "-" and path.exists() and path.samefile(source):
+        raise ValueError(f"the output {path} is the input; choose another name")
     result = translator.translate_image(
-        image,
+        read_image(sys.stdin.buffer.read() if source == "-" else Path(source)),
         seed=settings.seed,
         size=settings.size,
         how=settings.fit,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        solver=settings.solver,
+        **settings.sampling,
     )
-    if output == "-":
+    if path is None:
         sys.stdout.buffer.write(encode_image(result, settings.format.upper()))
-        return 0
-    path = Path(output)
-    if path.is_dir() or not path.suffix:
-        path = path / f"{Path(source).stem if source != '-' else 'output'}.{settings.format}"
-    if source != "-" and path.exists() and path.samefile(source):
-        raise ValueError(f"the output {path} is the input; choose another name")
+        return DONE
     write_image(path, result)
     if json:
         height, width = result.shape[-2:]
@@ -163,7 +161,7 @@ def _translate_one(translator: "Translator", source: str, output: str, settings:
         )
     else:
         print(path)
-    return 0
+    return DONE
 
 
 def _single_format(output: str, format: str | None) -> str:

@@ -24,15 +24,16 @@ def verify(
     """
     from clipdit.cli import CHECK_FAILED, DONE
     from clipdit.offline import verify_job
+    from clipdit.offline.folder import printable
 
     verdict = verify_job(Path(output))
     if json:
         print(json_module.dumps({"ok": verdict.ok, **asdict(verdict)}))
     else:
         for id, reason in verdict.quarantined:
-            print(f"quarantined  {id}: {reason}")
+            print(f"quarantined  {printable(id)}: {reason}")
         for problem in verdict.problems:
-            print(f"problem      {problem}")
+            print(f"problem      {printable(problem)}")
         print(
             f"{verdict.total} inputs: {verdict.written} written and intact, {len(verdict.quarantined)} quarantined, "
             f"{len(verdict.problems)} problems"

@@ -4,15 +4,19 @@
 about unit variance, with the mean and standard deviation measured on the training targets.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import Tensor, nn
 
 from clipdit.model.taef2 import Taef2
+from clipdit.model.weights import hub_errors, load_diffusers, read_json
 from clipdit.shapes import Image, Latent
 
 VAE = AutoencoderKL | AutoencoderTiny | Taef2
@@ -24,6 +28,8 @@ class Autoencoder(nn.Module):
     Args:
         vae: a diffusers autoencoder.
         mean, std: of each latent channel; None leaves latents as the VAE's own scale factor has them.
+
+    It lives on the device of `vae`. ValueError when mean and std are not one finite number for each channel.
     """
 
     mean: Tensor
@@ -32,18 +38,20 @@ class Autoencoder(nn.Module):
     def __init__(self, vae: VAE, mean: Sequence[float] | None = None, std: Sequence[float] | None = None):
         super().__init__()
         self.vae = vae
-        channels = int(vae.config.latent_channels)
-        mean, std = mean or [0.0] * channels, std or [1.0] * channels
-        if len(mean) != channels or len(std) != channels or min(std) <= 0:
-            raise ValueError(
-                f"latents have {channels} channels, but {len(mean)} means and {len(std)} deviations above 0 were given"
-            )
-        self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
+        channels = int(vae.config["latent_channels"])
+        mean = [0.0] * channels if mean is None else mean
+        std = [1.0] * channels if std is None else std
+        if len(mean) != channels or len(std) != channels:
+            raise ValueError(f"latents have {channels} channels, but {len(mean)} means and {len(std)} deviations were given")
+        if not all(math.isfinite(m) and 0 < s < math.inf for m, s in zip(mean, std, strict=True)):
+            raise ValueError("means of latents must be finite numbers, and their deviations finite and above 0")
+        for name, values in (("mean", mean), ("std", std)):
+            values = torch.tensor(values, dtype=torch.float32, device=vae.device).reshape(1, -1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
 
     @property
     def latent_channels(self) -> int:
-        return int(self.vae.config.latent_channels)
+        return int(self.vae.config["latent_channels"])
 
     @property
     def downscale(self) -> int:
@@ -56,26 +64,26 @@ class Autoencoder(nn.Module):
         """[-1, 1] pixels -> standardised latents; the mean of the distribution, no noise."""
         image = image.to(self.vae.dtype)
         if isinstance(self.vae, AutoencoderKL):
-            raw = cast(Tensor, self.vae.encode(image).latent_dist.mode())
-            raw = (raw - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+            raw = cast(Any, self.vae.encode(image)).latent_dist.mode()
+            raw = (raw - (self.vae.config["shift_factor"] or 0.0)) * self.vae.config["scaling_factor"]
         else:
-            raw = cast(Tensor, self.vae.encode(image).latents) * self.vae.config.scaling_factor
+            raw = cast(Any, self.vae.encode(image)).latents * self.vae.config["scaling_factor"]
         return (raw - self.mean.to(raw.dtype)) / self.std.to(raw.dtype)
 
     def decode(self, latent: Latent) -> Image:
         """Standardised latents -> pixels, about [-1, 1]; not clipped."""
         raw = latent.to(self.vae.dtype) * self.std.to(self.vae.dtype) + self.mean.to(self.vae.dtype)
-        raw = raw / self.vae.config.scaling_factor
+        raw = raw / self.vae.config["scaling_factor"]
         if isinstance(self.vae, AutoencoderKL):
-            raw = raw + (self.vae.config.shift_factor or 0.0)
-        return cast(Tensor, self.vae.decode(raw).sample)
+            raw = raw + (self.vae.config["shift_factor"] or 0.0)
+        return cast(Any, self.vae.decode(raw)).sample
 
 
-KINDS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny, "Taef2": Taef2}
+KINDS: dict[str, type[VAE]] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny, "Taef2": Taef2}
 
 
 def load_vae(where: str | Path) -> VAE:
-    """A VAE from a folder (its own, one with a `vae/` inside, or TAEF2's two .pth files) or from a hub id.
+    """A VAE from a folder (its own, one with a `vae/` inside, or TAEF2's two .pth files) or from a hub id, in float32.
 
     ValueError, one line, when there is none or it is of a kind we do not know."""
     folder = Path(where)
@@ -89,31 +97,24 @@ def load_vae(where: str | Path) -> VAE:
         raise ValueError(
             f"{folder} holds no config.json, so it is no VAE; give a diffusers VAE folder, a checkpoint folder or a hub id"
         )
-    return _load(str(folder), AutoencoderKL.load_config(folder, local_files_only=True))
+    return load_diffusers(_kind(read_json(folder / "config.json"), folder), folder)
+
+
+def _kind(config: dict, where: object) -> type[VAE]:
+    name = config.get("_class_name")
+    if name not in KINDS:
+        raise ValueError(f"{where} is of class {name}; wanted a VAE of class {', '.join(KINDS)}")
+    return KINDS[name]
 
 
 def _from_hub(name: str) -> VAE:
     """A repository that is a VAE (sd-vae-ft-mse, taesd), or a pipeline with one."""
-    try:
-        config = AutoencoderKL.load_config(name)
-        subfolder = None
-    except OSError:
+    config, subfolder = None, None
+    with hub_errors(name, "VAE"):
         try:
-            config, subfolder = AutoencoderKL.load_config(name, subfolder="vae"), "vae"
-        except OSError as error:
-            raise ValueError(
-                f"no VAE at {name}: neither a folder here nor a repository that can be reached ({_first_line(error)})"
-            ) from error
-    return _load(name, config, subfolder)
-
-
-def _load(name: str, config: dict, subfolder: str | None = None) -> VAE:
-    kind = config.get("_class_name")
-    if kind not in KINDS:
-        raise ValueError(f"{name} is of class {kind}; wanted one of {', '.join(KINDS)}")
-    extra = {"subfolder": subfolder} if subfolder else {}
-    return KINDS[kind].from_pretrained(name, use_safetensors=True, **extra)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            config = hf_hub_download(name, "config.json")
+        except RemoteEntryNotFoundError:  # a pipeline has none at its root
+            config, subfolder = hf_hub_download(name, "config.json", subfolder="vae"), "vae"
+    kind = _kind(read_json(Path(config)), name)
+    with hub_errors(name, "VAE"):
+        return kind.from_pretrained(name, subfolder=subfolder, use_safetensors=True)

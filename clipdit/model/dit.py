@@ -11,8 +11,9 @@ Everything that does not change inside the sampling loop is split off: `context`
 image and time, so for all steps before the first). `forward` is the three in a row.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -165,8 +166,15 @@ class DiT(ModelMixin, ConfigMixin):
         positions: Positions = "rope",
     ):
         super().__init__()
-        if conditioning not in get_args(Conditioning):
-            raise ValueError(f"conditioning is {conditioning!r}; wanted one of {', '.join(get_args(Conditioning))}")
+        for name, given, known in (
+            ("conditioning", conditioning, Conditioning),
+            ("norm", norm, Norm),
+            ("positions", positions, Positions),
+        ):
+            if given not in get_args(known):
+                raise ValueError(f"{name} is {given!r}; wanted one of {', '.join(get_args(known))}")
+        if min(latent_channels, patch, width, depth, heads) < 1 or cross_attention_every < 0:
+            raise ValueError("latent_channels, patch, width, depth and heads must be at least 1; cross_attention_every, 0")
         if width % heads or (width // heads) % 4:
             raise ValueError(f"width {width} with {heads} heads; the width of a head must be a whole multiple of 4")
         self.reads_clip = conditioning in ("clip", "both")
@@ -201,7 +209,7 @@ class DiT(ModelMixin, ConfigMixin):
                 nn.init.normal_(embedder.up.weight, std=0.02)
                 nn.init.normal_(embedder.down.weight, std=0.02)
         zero = [self.modulation_in, self.final_in, self.latent_out, self.source_in]
-        zero += [block.cross.out for block in self.blocks if block.cross is not None]
+        zero += [block.cross.out for block in cast(Iterable[Block], self.blocks) if block.cross is not None]
         for module in zero:
             if module is not None:
                 nn.init.zeros_(module.weight)
@@ -209,10 +217,11 @@ class DiT(ModelMixin, ConfigMixin):
     def context(self, condition: Condition) -> Context:
         """What the blocks read of the source; once per image."""
         tokens, pooled = condition.tokens, condition.pooled
+        blocks = cast(Iterable[Block], self.blocks)
         return Context(
-            source_tokens=self.source_in(ops.patchify(condition.latent, self.config.patch)) if self.source_in else None,
+            source_tokens=self.source_in(ops.patchify(condition.latent, self.config["patch"])) if self.source_in else None,
             pooled=self.pooled_in(ops.rms_norm(pooled)) if self.pooled_in else None,
-            keys_values=tuple(b.cross.keys_values(tokens) if b.cross is not None else None for b in self.blocks),
+            keys_values=tuple(b.cross.keys_values(tokens) if b.cross is not None else None for b in blocks),
         )
 
     def modulation(self, t: Time, context: Context) -> Modulation:
@@ -229,16 +238,16 @@ class DiT(ModelMixin, ConfigMixin):
 
     def forward_prepared(self, x: Latent, modulation: Modulation, context: Context) -> Latent:
         """The part of the network that must run at every step. (B, C, h, w) -> (B, C, h, w)."""
-        patch, (height, width) = self.config.patch, x.shape[-2:]
+        patch, (height, width) = self.config["patch"], x.shape[-2:]
         rows, columns = height // patch, width // patch
         tokens = self.latent_in(ops.patchify(x, patch))  # (B, N, D)
         if context.source_tokens is not None:
             tokens = tokens + context.source_tokens
         rotary = None
-        if self.config.positions == "rope":
-            rotary = ops.rotary_positions(rows, columns, self.config.width // self.config.heads, x.device)
+        if self.config["positions"] == "rope":
+            rotary = ops.rotary_positions(rows, columns, self.config["width"] // self.config["heads"], x.device)
         else:
-            tokens = tokens + ops.sincos_positions(rows, columns, self.config.width, x.device).to(tokens.dtype)
+            tokens = tokens + ops.sincos_positions(rows, columns, self.config["width"], x.device).to(tokens.dtype)
         for i, block in enumerate(self.blocks):
             arguments = (tokens, modulation.blocks[:, i], context.keys_values[i], rotary)
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -246,18 +255,29 @@ class DiT(ModelMixin, ConfigMixin):
             else:
                 tokens = block(*arguments)
         shift, scale = modulation.final[:, :, None].unbind(1)
-        tokens = self.latent_out(ops.norm_modulate(tokens, shift, scale, norm=self.config.norm))
+        tokens = self.latent_out(ops.norm_modulate(tokens, shift, scale, norm=self.config["norm"]))
         return ops.unpatchify(tokens, patch, height, width)
 
     def forward(self, x: Latent, t: Time, condition: Condition) -> Latent:
         """The prediction at (x, t): velocity or noise, as the checkpoint's objective has it. Same shape as x.
 
-        ValueError when x does not divide into patches or its channels are not the model's."""
-        channels, height, width = x.shape[1:]
-        if channels != self.config.latent_channels or height % self.config.patch or width % self.config.patch:
-            raise ValueError(
-                f"latent is {channels} x {height} x {width}; this model takes {self.config.latent_channels} channels and "
-                f"sides that are multiples of {self.config.patch}"
-            )
+        ValueError when x does not divide into patches, or it or the condition is not of the model's channels and widths."""
+        self._check(x, condition)
         context = self.context(condition)
         return self.forward_prepared(x, self.modulation(t, context), context)
+
+    def _check(self, x: Latent, condition: Condition) -> None:
+        config, channels, height, width = self.config, *x.shape[1:]
+        if channels != config["latent_channels"] or height % config["patch"] or width % config["patch"]:
+            raise ValueError(
+                f"latent is {channels} x {height} x {width}; this model takes {config["latent_channels"]} channels and "
+                f"sides that are multiples of {config["patch"]}"
+            )
+        if self.reads_latent and condition.latent.shape[1:] != x.shape[1:]:
+            got, wanted = (" x ".join(map(str, z.shape[1:])) for z in (condition.latent, x))
+            raise ValueError(f"source latent is {got}; wanted that of the latent to predict, {wanted}")
+        if self.reads_clip:
+            got = (condition.tokens.shape[-1], condition.pooled.shape[-1])
+            wanted = (config["clip_token_width"], config["clip_embedding_width"])
+            if got != wanted:
+                raise ValueError(f"CLIP tokens and embedding have widths {got}; this model takes {wanted}")

@@ -120,7 +120,8 @@ def time_features(t: Float[Tensor, "B"], width: int, *, max_period: float = 10_0
 
 
 def sincos_positions(rows: int, columns: int, width: int, device: torch.device | None = None) -> Float[Tensor, "N width"]:
-    """Fixed 2-D sine-cosine positions, half of the width for each axis (He et al. 2022, as in DiT), fp32."""
+    """Fixed 2-D sine-cosine positions, fp32: the row in the first half of the width, the column in the second (He et al. 2022;
+    DiT's code has the halves the other way round)."""
     quarter = width // 4
     omega = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
     axes = []

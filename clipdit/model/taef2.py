@@ -15,6 +15,7 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
+from clipdit.model.weights import fill, refused
 from clipdit.shapes import Image
 
 
@@ -92,13 +93,14 @@ class Taef2(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_state_dicts(cls, encoder: Path, decoder: Path) -> "Taef2":
-        """From the two published .pth files (plain tensors, nothing is executed). ValueError if they are something else."""
+        """From the two published .pth files, in float32. Tensors alone are unpickled, nothing is executed.
+
+        ValueError, one line, when a file is missing, damaged or something else."""
         vae = cls()
         for part, file in ((vae.encoder, encoder), (vae.decoder, decoder)):
-            try:
-                part.load_state_dict({k: v.float() for k, v in torch.load(file, weights_only=True).items()})
-            except (RuntimeError, AttributeError) as error:
-                raise ValueError(f"{file} does not hold TAEF2's weights: {str(error).splitlines()[0]}") from error
+            with refused(f"{file} cannot be read as the weights of TAEF2"):
+                tensors = {n: x.float() for n, x in torch.load(file, map_location="cpu", weights_only=True).items()}
+            fill(part, tensors, file)
         return vae.eval()
 
     def encode(self, image: Image) -> AutoencoderTinyOutput:

@@ -13,8 +13,9 @@ The output folder holds the images and
 """
 
 from clipdit.offline.folder import JobFolder, Record
+from clipdit.offline.job import JobSettings, Summary, run_job
 from clipdit.offline.plan import Item, Plan, item_seed, plan_folder, plan_manifest
-from clipdit.offline.run import JobSettings, Progress, Summary, run_job
+from clipdit.offline.run import Progress
 from clipdit.offline.verify import Verdict, verify_job
 
 __all__ = [

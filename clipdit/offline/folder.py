@@ -177,5 +177,10 @@ def file_sha256(path: Path) -> str | None:
         return None
 
 
+def printable(text: str) -> str:
+    """On one line and on any terminal: names may hold line breaks and bytes that are no characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def _line(row: dict) -> str:
     return json.dumps(row) + "\n"  # ASCII: names that are no valid UTF-8 travel as escapes

@@ -1,7 +1,7 @@
 """What the loop needs of whatever is trained: a task draws a batch, says what is lost on it, and writes what it has learnt."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ Losses = dict[str, Float[Tensor, "B"]]
 """Name -> the loss of each image. A loss that skips an image gives it 0, so that means over parts of a batch add up."""
 
 
+@runtime_checkable
 class Task(Protocol):
     """A task is an nn.Module: its parameters that require a gradient are what is trained, `forward` is Batch -> Losses."""
 

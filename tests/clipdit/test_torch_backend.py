@@ -83,7 +83,7 @@ def test_noise_prediction_translates_with_its_own_solvers(sources):
         together = translator(sources, seeds=[1, 2, 3], solver=solver, steps=6)
         alone = translator(sources[1:2], seeds=[2], solver=solver, steps=6)
         assert (together[1:2].int() - alone.int()).abs().max() <= TOLERANCES[torch.float32].levels
-    with pytest.raises(ValueError, match="euler.*ddim, ddpm, dpmpp_2m"):
+    with pytest.raises(ValueError, match=r"euler.*ddim, ddpm, dpmpp_2m"):
         translator(sources, seeds=[1, 2, 3], solver="euler")
 
 
@@ -152,7 +152,7 @@ def test_devices_and_dtypes_that_are_not_there_are_named(folder):
         open_backend(folder, device="nonsense")
     with pytest.raises(ValueError, match="device is cuda:99, but PyTorch sees"):
         open_backend(folder, device="cuda:99")
-    with pytest.raises(ValueError, match="dtype is torch.int8; wanted float32"):
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8; wanted float32"):
         open_backend(folder, dtype=torch.int8)
     assert best_dtype(torch.device("cpu")) == torch.float32
 

@@ -90,7 +90,7 @@ def test_an_unknown_option_of_any_verb_is_one_line_and_exit_code_2(name: str, ca
         assert output.out == ""
         (line,) = output.err.splitlines()
         assert line.startswith("clipdit: ")
-        assert f"clipdit {name}" in line
+        assert "--no-such-option" in line or f"`clipdit {name}" in line
 
 
 @pytest.mark.parametrize(
