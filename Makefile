@@ -8,7 +8,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # where kernels/ would be found as a package.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONSAFEPATH=1
 
-.PHONY: help demo test test-slow lint format freeze clean
+.PHONY: help demo test test-slow lint format freeze picture clean
 
 help:
 	@echo "make demo       translate the sample drawings with the built-in checkpoint; writes demo/report.html"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-slow  the tests that take minutes: training that is killed, two processes, real quality"
 	@echo "make lint       style, types and import rules (\`make test\` checks them too)"
 	@echo "make format     put the style right"
+	@echo "make picture    draw the README's picture anew, from a demo"
 	@echo "make freeze     write the versions that .venv holds now to constraints.txt"
 	@echo "make clean      remove .venv and caches"
 
@@ -37,6 +38,9 @@ lint: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+picture: demo
+	cp demo/sheet.png docs/images/edges2emoji.png
 
 # Without `+cpu` and the like: that part names a download, not a version.
 freeze: .venv/installed

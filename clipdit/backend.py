@@ -103,8 +103,11 @@ class Backend(Protocol):
     """What `open_backend` calls it."""
     limits: Limits
     defaults: SamplingDefaults
-    fingerprint: str
-    """Same weights and configuration, same fingerprint. A resumed job and a cache ask for it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Same weights and configuration, same fingerprint. A resumed job and a cache ask for it."""
+        ...
 
     def encode(self, source_u8: ImageU8) -> Condition:
         """uint8 (B, 3, H, W) -> Condition, on the backend's device."""
@@ -115,7 +118,7 @@ class Backend(Protocol):
         ...
 
     def decode(self, latent: Latent) -> ImageU8:
-        """Standardised latent (B, C, h, w) -> uint8 (B, 3, H, W)."""
+        """Standardised latent (B, C, h, w) -> uint8 (B, 3, H, W). ValueError for NaN, which would come out as black."""
         ...
 
     def table(self, steps: int, solver: str | None = None) -> "SamplingTable":
@@ -158,11 +161,13 @@ def builtin_checkpoint() -> Path:
     return Path(str(files("clipdit") / "assets" / "edges2emoji"))
 
 
-def available_backends(folder: Path | str | None = None) -> dict[str, str | None]:
-    """Every installed backend by name, the preferred first: None when it can open this folder here, else the reason why not."""
+def available_backends(folder: Path | str | None = None, *, unasked: bool = False) -> dict[str, str | None]:
+    """Every installed backend by name, the preferred first: None when it can open this folder here, else the reason why not.
+
+    With `unasked` only those that `open_backend` takes without being given their name."""
     folder = _as_folder(folder)
     classes, missing = _classes()
-    return {name: backend.why_not(folder) for name, backend in classes.items()} | missing
+    return {name: b.why_not(folder) for name, b in classes.items() if b.preference > 0 or not unasked} | missing
 
 
 def open_backend(

@@ -19,7 +19,6 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from clipdit.backend import available_backends, builtin_checkpoint
-from clipdit.fake_backend import FakeBackend
 from clipdit.files import write_atomically
 from clipdit.images import encode_image, read_image, write_image
 from clipdit.measuring import Spread, time_calls_ms
@@ -172,14 +171,14 @@ def run_demo(
         folder: checkpoint; None is the built-in one. `samples_folder`: see `read_samples`; None is beside the built-in one.
         seeds: one translation of each sample for each of them.
         backends: name -> why it cannot run here, or None; the first of those that can makes the pictures. None is what
-            `available_backends` finds.
+            `available_backends` finds, without those that are only opened by name.
         open_translator: (folder, backend's name) -> Translator.
         seconds: how long each timing goes on; a timing has at least five rounds.
     """
     folder = folder or builtin_checkpoint()
     samples = read_samples(samples_folder or builtin_checkpoint().parent / "samples")
     if backends is None:
-        backends = {name: reason for name, reason in available_backends(folder).items() if name != FakeBackend.name}
+        backends = available_backends(folder, unasked=True)
     usable = [name for name, reason in backends.items() if reason is None]
     if not usable:
         raise ValueError("; ".join(f"the {name} backend cannot run {folder}: {reason}" for name, reason in backends.items()))
@@ -192,11 +191,12 @@ def run_demo(
         with open_translator(folder, name) as translator:
             translate_all(translator, samples.source[:1], seeds[0])
             first_image_s = time.perf_counter() - began
-            by_seed = {seed: translate_all(translator, samples.source, seed) for seed in seeds}
+            # the first shows every seed; of the others one seed is enough to compare with it
+            by_seed = {seed: translate_all(translator, samples.source, seed) for seed in (seeds if demo is None else seeds[:1])}
             if demo is None:
                 demo = _looked_at(translator, samples, by_seed, notes)
             timing = time_backend(translator, samples.source, sorted(demo.by_steps), seconds=seconds)
-            difference = torch.cat([(by_seed[seed].short() - demo.by_seed[seed].short()).abs() for seed in seeds])
+            difference = torch.cat([(by_seed[seed].short() - demo.by_seed[seed].short()).abs() for seed in by_seed])
             demo.variants.append(
                 Variant(
                     name=name,
@@ -231,7 +231,7 @@ def time_backend(translator: Translator, source: ImageU8, steps: Iterable[int], 
     steps = list(steps)
     images = time_calls_ms([_image_call(translator, source[:1], n) for n in steps], device, seconds=seconds)
     size = min(BATCH, len(source), backend.limits.max_batch or BATCH)
-    (batch,) = time_calls_ms([_image_call(translator, source[:size], None)], device, seconds=seconds)
+    (batch,) = time_calls_ms([_image_call(translator, source[:size], None)], device, at_least=3, seconds=seconds)
     return Timing(
         encode=encode,
         evaluation=evaluation,

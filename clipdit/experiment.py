@@ -4,6 +4,7 @@ A run folder keeps its experiment, resolved, as experiment.json: nobody types th
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,12 +13,12 @@ import tyro
 from clipdit.data.augment import Augment
 from clipdit.data.layouts import Direction
 from clipdit.diffusion import DDPM
+from clipdit.files import write_atomically
 from clipdit.flow import FlowMatching
 from clipdit.model.dit import SIZES, Conditioning, DiT, Norm, Positions
 from clipdit.train.autoencoder import AutoencoderSettings
 from clipdit.train.clip import ClipSettings
 from clipdit.train.loop import TrainSettings
-from clipdit.train.state import replace_file
 from clipdit.train.translation import LossSettings
 
 EXPERIMENT_FILE = "experiment.json"
@@ -35,6 +36,10 @@ class PairSettings:
     """Versions of each pair that are cached."""
     cache: Path | None = None
     """Folder of cached latents, to share among runs; none: `cache/` in the run folder."""
+
+    def __post_init__(self) -> None:
+        if self.size < 8:
+            raise ValueError(f"pairs.size is {self.size}; wanted pixels, at least 8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,17 @@ class ModelSettings:
     """Before each branch."""
     positions: Positions = "rope"
     """rope works at any size; sincos is DiT's, a little faster."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "patch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; wanted at least 1")
+        if self.width % self.heads or (self.width // self.heads) % 4:
+            raise ValueError(f"model.width {self.width} with {self.heads} heads; wanted a whole multiple of 4 for each head")
+        if not self.mlp_ratio * self.width >= 1:
+            raise ValueError(f"model.mlp_ratio is {self.mlp_ratio}; wanted a number above 0, such as 4")
+        if self.cross_attention_every < 0:
+            raise ValueError(f"model.cross_attention_every is {self.cross_attention_every}; wanted 0 or more")
 
     @classmethod
     def of_size(cls, name: str, patch: int = 2, **changes) -> "ModelSettings":
@@ -98,6 +114,18 @@ class TranslationExperiment:
     guidance: float = 1.0
     """Default guidance of the checkpoint; 1 is none."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_condition <= 1:
+            raise ValueError(f"drop_condition is {self.drop_condition}; wanted a share in [0, 1]")
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; wanted at least 1")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance is {self.guidance}; wanted a finite number")
+        if self.clip is None and self.model.conditioning != "concat":
+            raise ValueError(f'conditioning "{self.model.conditioning}" reads CLIP; give --clip, or --model.conditioning concat')
+        if self.clip is None and self.loss.clip_similarity:
+            raise ValueError("loss.clip_similarity needs CLIP; give --clip, or --loss.clip-similarity 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderExperiment:
@@ -106,6 +134,12 @@ class AutoencoderExperiment:
     pairs: PairSettings = field(default_factory=PairSettings)
     model: AutoencoderSettings = field(default_factory=AutoencoderSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+
+    def __post_init__(self) -> None:
+        if self.pairs.size % self.model.downscale:
+            raise ValueError(
+                f"pairs.size is {self.pairs.size}; wanted a multiple of {self.model.downscale}, the pixels of a cell"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,4 +164,5 @@ def to_json(experiment: Experiment, preset: str) -> dict:
 
 
 def write_experiment(folder: Path, plain: dict) -> None:
-    replace_file(folder / EXPERIMENT_FILE, lambda temporary: temporary.write_text(json.dumps(plain, indent=2) + "\n"))
+    """Write experiment.json."""
+    write_atomically(folder / EXPERIMENT_FILE, json.dumps(plain, indent=2) + "\n")

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
-from clipdit.backend import SamplingDefaults
+from clipdit.backend import Backend, SamplingDefaults
 from clipdit.model.autoencoder import KINDS, VAE, Autoencoder
 from clipdit.model.clip import ClipImageEncoder, load_clip_folder
 from clipdit.model.dit import DiT
@@ -134,7 +134,7 @@ class ClipDiTPipeline(DiffusionPipeline):
         from clipdit.torch_backend import EagerBackend  # here, not above: backends are built on this file
         from clipdit.translator import Translator
 
-        translator = Translator(EagerBackend(self))
+        translator = Translator(cast(Backend, EagerBackend(self)))  # pyright knows no cached_property in a protocol
         chosen = list(seeds) if seeds is not None else list(range(len(source_u8)))
         return translator(source_u8, seeds=chosen, steps=steps, guidance=guidance, solver=solver)
 
@@ -162,9 +162,9 @@ def _load(folder: Path, dtype: torch.dtype, given: dict[str, Any]) -> ClipDiTPip
         "scheduler": lambda where: _read_scheduler(where, index["scheduler"][1]),
     }
     parts = {name: given[name] if name in given else read(folder / name) for name, read in readers.items() if name in index}
-    settings = {name: given.get(name, index[name]) for name in SETTINGS if name in index or name in given}
+    settings = {name: index[name] for name in SETTINGS if name in index}
     with refused(f"{folder} cannot be loaded as a checkpoint"):
-        pipeline = ClipDiTPipeline(**(parts | given | settings))
+        pipeline = ClipDiTPipeline(**(parts | settings | given))
     _check_fit(folder, pipeline)
     return pipeline
 
@@ -186,7 +186,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no model_index.json, so it is no checkpoint; give a folder made by `clipdit train`")
     index = read_json(path)
     if index.get("_class_name") != "ClipDiTPipeline":
-        raise ValueError(f"{folder} is a {index.get('_class_name')}; wanted a ClipDiTPipeline made by `clipdit train`")
+        kind = index.get("_class_name", "pipeline without a class")
+        raise ValueError(f"{folder} is a {kind}; wanted a ClipDiTPipeline made by `clipdit train`")
     if index.get("image_encoder") in (None, [None, None]):
         index.pop("image_encoder", None)
     for part in (*PARTS, "image_encoder") if "image_encoder" in index else PARTS:
@@ -243,9 +244,9 @@ def _check_fit(folder: Path, pipeline: ClipDiTPipeline) -> None:
     problem = None
     channels = int(vae.config["latent_channels"])
     if dit.config["latent_channels"] != channels:
-        problem = f"the DiT takes {dit.config["latent_channels"]} latent channels, the VAE makes {channels}"
+        problem = f"the DiT takes {dit.config['latent_channels']} latent channels, the VAE makes {channels}"
     elif dit.reads_clip and image_encoder is None:
-        problem = f'conditioning "{dit.config["conditioning"]}" needs an image_encoder'
+        problem = f"conditioning is {dit.config['conditioning']}, which needs an image_encoder"
     elif dit.reads_clip and image_encoder is not None:
         wanted = (dit.config["clip_token_width"], dit.config["clip_embedding_width"])
         got = (image_encoder.config.hidden_size, image_encoder.config.projection_dim)

@@ -8,7 +8,6 @@ import hashlib
 import shutil
 import sysconfig
 from collections.abc import Callable
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
@@ -29,7 +28,8 @@ Step = Callable[[Tensor, Tensor, Context], Tensor]
 
 
 class EagerBackend:
-    """A pipeline as it is, on the device and in the dtype it has. `open` brings one from a folder.
+    """A pipeline as it is, on the device and in the dtype it has. `open` brings one from a folder. Its weights may change (training),
+    but not while a condition is in use.
 
     Args:
         pipeline: with all parts on one device; it is used, not copied, and not changed.
@@ -53,6 +53,7 @@ class EagerBackend:
         )
         self.defaults = pipeline.sampling_defaults
         self._folder = folder
+        self._fingerprint: str | None = None
         self._open_pipeline: ClipDiTPipeline | None = pipeline
         self._contexts: WeakKeyDictionary[Condition, Context] = WeakKeyDictionary()
         self._step: Step | None = self._build_step(dit)
@@ -83,10 +84,12 @@ class EagerBackend:
                 module.to(device)
         return cls(pipeline, folder=folder)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over the folder's parts; a pipeline that is in no folder has one of its own."""
-        return checkpoint_fingerprint(self._folder) if self._folder is not None else f"unsaved-{uuid4().hex}"
+        if self._fingerprint is None:  # read when asked for: gigabytes take seconds
+            self._fingerprint = checkpoint_fingerprint(self._folder) if self._folder is not None else f"unsaved-{uuid4().hex}"
+        return self._fingerprint
 
     def encode(self, source_u8: ImageU8) -> Condition:
         pipeline = self._pipeline
@@ -109,10 +112,14 @@ class EagerBackend:
         if context is None:
             context = self._contexts[condition] = dit.context(condition.map(lambda tensor: tensor.to(dit.dtype)))
         assert self._step is not None
-        return self._step(x.to(dit.dtype), t, context).to(x.dtype)
+        # contiguous: the loop's t is one number expanded, guidance's is not, and a compiler would build the step for both
+        return self._step(x.to(dit.dtype), t.contiguous(), context).to(x.dtype)
 
     def decode(self, latent: Latent) -> ImageU8:
-        return to_u8(self._pipeline.autoencoder.decode(latent))
+        image = self._pipeline.autoencoder.decode(latent)
+        if not image.isfinite().all():  # NaN would come out as a black image
+            raise ValueError(f"the networks made numbers that are not finite in {self.limits.dtype}; open the model with float32")
+        return to_u8(image)
 
     def table(self, steps: int, solver: str | None = None) -> SamplingTable:
         return self._pipeline.objective.table(steps, solver)

@@ -4,19 +4,24 @@ import json as json_module
 from pathlib import Path
 
 
-def demo(*, out: Path = Path("demo"), json: bool = False) -> int:
+def demo(*, out: Path = Path("demo"), backends: tuple[str, ...] = (), json: bool = False) -> int:
     """Translate the built-in samples, measure time and quality, and write a page that shows it.
 
     Writes report.html (everything on one page, no network needed), sheet.png, bench.json, and images/ with every translation.
 
     Args:
         out: folder for the results; files of an earlier demo in it are replaced.
+        backends: to compare, the one that makes the pictures first; if none is given, all that are used without being asked for.
         json: print what bench.json holds.
     """
+    from clipdit.backend import available_backends
     from clipdit.cli import DONE
     from clipdit.demo import run_demo, write_demo
 
-    result = run_demo()
+    reasons = available_backends()
+    if unknown := [name for name in backends if name not in reasons]:
+        raise ValueError(f"there is no backend {unknown[0]}; there are {', '.join(reasons)}")
+    result = run_demo(backends={name: reasons[name] for name in backends} or None)
     report, *others = write_demo(result, out)
     if json:
         print(json_module.dumps(result.record()))

@@ -51,9 +51,18 @@ def train(arguments: list[str]) -> int:
         data, out, minutes, resume, as_json, experiment = tyro.cli(
             command, prog=f"clipdit train {name}", args=rest, config=(tyro.conf.FlagCreatePairsOff,)
         )
+    from clipdit.train.processes import processes
     from clipdit.train.runs import run
 
-    progress = run(experiment, name, data, out, resume=resume, minutes=minutes)  # type: ignore[arg-type]  (a kind of Experiment)
+    main = processes().is_main_process
+    if not main:
+        logging.getLogger("clipdit").setLevel(logging.ERROR)  # the first process speaks for all
+    try:
+        progress = run(experiment, name, data, out, resume=resume, minutes=minutes)  # type: ignore[arg-type]  (some Experiment)
+    finally:
+        processes().destroy_process_group()
+    if not main:
+        return 0
     if as_json:
         import json
 

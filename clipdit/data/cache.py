@@ -10,19 +10,21 @@ import json
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import Int
 from numpy.lib.format import open_memmap
 from tqdm.auto import tqdm
+from transformers import PretrainedConfig
 
 from clipdit.data.augment import Augment, view
 from clipdit.data.layouts import Pair
+from clipdit.files import naming
 from clipdit.images import to_float
 from clipdit.model.autoencoder import Autoencoder
 from clipdit.model.clip import ClipImageEncoder
@@ -30,6 +32,9 @@ from clipdit.train.task import Batch
 
 logger = logging.getLogger(__name__)
 PARTS = ("target", "source", "tokens", "pooled")
+
+FORMAT = 1
+"""Part of the hash; raised whenever the same input would give other rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +51,16 @@ class LatentCache:
     Row `pair * views + view`; latents as the VAE has them, not standardised."""
 
     def __init__(self, folder: Path):
+        """ValueError when `folder` is damaged."""
         self.folder = folder
-        self.about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        self.views: int = self.about["views"]
-        self.pairs: int = self.about["pairs"]
-        self.statistics = Statistics(**self.about["statistics"])
-        self._parts = {p: np.load(folder / f"{p}.npy", mmap_mode="r") for p in PARTS if (folder / f"{p}.npy").exists()}
+        try:
+            self.about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+            self.views: int = self.about["views"]
+            self.pairs: int = self.about["pairs"]
+            self.statistics = Statistics(**self.about["statistics"])
+            self._parts = {p: np.load(folder / f"{p}.npy", mmap_mode="r") for p in PARTS if (folder / f"{p}.npy").exists()}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"the cache {folder} is damaged ({error}); delete that folder, and it is made again") from error
         self._mean = torch.tensor(self.statistics.mean).reshape(1, -1, 1, 1)
         self._std = torch.tensor(self.statistics.std).reshape(1, -1, 1, 1)
 
@@ -68,9 +77,15 @@ class LatentCache:
 
 
 def fingerprint(module: torch.nn.Module | None) -> str:
-    """A hash of a network's weights."""
+    """A hash of a network: its configuration, as far as it says what is computed, and its weights."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()) if module is not None else []:
+    if module is None:
+        return digest.hexdigest()
+    config = getattr(module, "config", {})
+    plain = config.to_dict() if isinstance(config, PretrainedConfig) else dict(config)
+    told = {k: v for k, v in plain.items() if not k.startswith("_") and k not in ("transformers_version", "dtype", "torch_dtype")}
+    digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -87,34 +102,70 @@ def build_cache(
     size: tuple[int, int],
     batch_size: int = 32,
 ) -> LatentCache:
-    """The cache of these pairs below `folder`; computed if it is not there, whole or not at all.
+    """The cache of these pairs below `folder`; computed if it is not there, whole or not at all. One process computes in a
+    folder at a time; others wait for it.
 
-    `autoencoder` must not standardise yet: its statistics are what is measured here. ValueError when there are no pairs.
+    `autoencoder` must not standardise yet: its statistics are what is measured here. ValueError when there are no pairs, OSError
+    when the disk is too small.
     """
     if not pairs:
         raise ValueError("there are no pairs in this split; see `clipdit data check` for what was found")
     views = settings.views
     key = {
+        "format": FORMAT,
         "files": [[p.id, str(p.source_half), *_stamp(p.source), *_stamp(p.target)] for p in pairs],
         "vae": fingerprint(autoencoder.vae),
         "clip": fingerprint(clip.model if clip else None),
         "size": size,
         "augment": asdict(settings),
     }
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    if (folder / name / "about.json").exists():
-        logger.info("using the cache %s", folder / name)
-        return LatentCache(folder / name)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder))
-    try:
+    cache = folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    if (cache / "about.json").exists():
+        logger.info("using the cache %s", cache)
+        return LatentCache(cache)
+
+    def fill(part: Path) -> None:
         _fill(part, pairs, autoencoder, clip, settings, size, batch_size, views)
-        os.replace(part, folder / name)
+
+    _make(cache, fill)
+    made = LatentCache(cache)
+    logger.info("cached %d pairs x %d views, %.0f MB, in %s", len(pairs), views, made.bytes / 1e6, cache)
+    return made
+
+
+def _make(cache: Path, fill: Callable[[Path], None]) -> None:
+    """`fill` a folder, then give it its name. What a killed process left is removed: the lock says that nobody works on it."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cache.parent / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("waiting for another process that is filling a cache in %s", cache.parent)
+        lock.acquire()
+    try:
+        if (cache / "about.json").exists():  # made while we waited
+            return
+        for left in [*cache.parent.glob(".*.part"), cache]:
+            shutil.rmtree(left, ignore_errors=True)
+        part = cache.with_name(f".{cache.name}.part")
+        try:
+            with naming(cache):
+                part.mkdir()
+                fill(part)
+                os.replace(part, cache)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-    cache = LatentCache(folder / name)
-    logger.info("cached %d pairs x %d views, %.0f MB, in %s", len(pairs), views, cache.bytes / 1e6, folder / name)
-    return cache
+        lock.release()
+
+
+def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A float16 array on the disk, whose space is taken now: writing to a memory map on a full disk would kill the process."""
+    array = open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
@@ -138,7 +189,7 @@ def _fill(
     shapes = {"target": cells, "source": cells}
     if clip is not None:
         shapes |= {"tokens": (clip.tokens, clip.token_width), "pooled": (clip.embedding_width,)}
-    arrays = {n: open_memmap(part / f"{n}.npy", mode="w+", dtype=np.float16, shape=(total, *s)) for n, s in shapes.items()}
+    arrays = {name: _new_array(part / f"{name}.npy", (total, *shape)) for name, shape in shapes.items()}
     sums, decoded = torch.zeros(2, cells[0], dtype=torch.float64), None
     with tqdm(total=total, desc="caching latents", unit="image", disable=None) as bar:
         for start in range(0, total, batch_size):

@@ -106,7 +106,7 @@ def _vision_config(plain: dict, where: object) -> CLIPVisionConfig:
             return CLIPVisionConfig.from_dict(plain)
         full = CLIPConfig.from_dict(plain)
         vision = cast(CLIPVisionConfig, full.vision_config)
-        vision.projection_dim = full.projection_dim
+        vision.projection_dim = cast(int, full.projection_dim)
         return vision
 
 

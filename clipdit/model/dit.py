@@ -270,8 +270,8 @@ class DiT(ModelMixin, ConfigMixin):
         config, channels, height, width = self.config, *x.shape[1:]
         if channels != config["latent_channels"] or height % config["patch"] or width % config["patch"]:
             raise ValueError(
-                f"latent is {channels} x {height} x {width}; this model takes {config["latent_channels"]} channels and "
-                f"sides that are multiples of {config["patch"]}"
+                f"latent is {channels} x {height} x {width}; this model takes {config['latent_channels']} channels and "
+                f"sides that are multiples of {config['patch']}"
             )
         if self.reads_latent and condition.latent.shape[1:] != x.shape[1:]:
             got, wanted = (" x ".join(map(str, z.shape[1:])) for z in (condition.latent, x))

@@ -4,6 +4,7 @@ The layers are those its published state dicts name: three-convolution residual 
 nearest upsampling up, and at 1/8 resolution blocks with a "pool" branch. Layer numbers follow the files, so keys fit.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +85,7 @@ class Taef2(ModelMixin, ConfigMixin):
         self,
         *,
         latent_channels: int = 32,
-        encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64),
+        encoder_block_out_channels: Sequence[int] = (64, 64, 64, 64),
         scaling_factor: float = 1.0,
     ):
         super().__init__()

@@ -8,6 +8,7 @@ numbers, try pickles, and tell of it in tables on stderr; we refuse, and are qui
 import contextlib
 import json
 import textwrap
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -25,14 +26,13 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """An error's message on one line, cut where it becomes a table; its name where it has no message."""
+    return textwrap.shorten(str(error), 240, placeholder=" ...") or type(error).__name__
 
 
 @contextlib.contextmanager
 def refused(what: object) -> Iterator[None]:
-    """Turns an error in the block into a ValueError of one line, "WHAT: first line"; the cause stays attached.
+    """Turns an error in the block into a ValueError of one line, "WHAT: message"; the cause stays attached.
 
     Any error: a configuration edited by hand breaks a constructor in every way from TypeError to ZeroDivisionError."""
     try:
@@ -112,8 +112,9 @@ def hub_errors(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # no connection, no such repository or file, a name that no repository can have
-        reason = textwrap.shorten(str(error) or type(error).__name__, 240)
-        raise ValueError(f"no {what} at {name}: it is no folder here, and the hub does not give it ({reason})") from error
+        raise ValueError(
+            f"no {what} at {name}: it is no folder here, and the hub does not give it ({one_line(error)})"
+        ) from error
 
 
 def load_diffusers(kind: type[Diffusers], folder: Path, dtype: torch.dtype = torch.float32) -> Diffusers:
@@ -121,7 +122,7 @@ def load_diffusers(kind: type[Diffusers], folder: Path, dtype: torch.dtype = tor
     config = read_json(folder / "config.json")
     if config.get("_class_name") != kind.__name__:
         raise ValueError(f"{folder / 'config.json'} is of class {config.get('_class_name')}; wanted {kind.__name__}")
-    tensors = read_tensors(folder, "diffusion_pytorch_model")
+    tensors = OrderedDict(read_tensors(folder, "diffusion_pytorch_model"))
     with refused(f"{folder / 'config.json'} is damaged"), init_empty_weights(include_buffers=False):
         network = cast(Diffusers, kind.from_config(config))  # pyright: ignore[reportAttributeAccessIssue]  (also a ConfigMixin)
     network._fix_state_dict_keys_on_load(tensors)  # names of before 2023, as in sd-vae-ft-mse; what from_pretrained calls

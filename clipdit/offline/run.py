@@ -90,7 +90,9 @@ class Run:
         on_progress: Callable[[Progress], None] | None,
     ):
         self.translator, self.folder, self.total, self.on_progress = translator, folder, total, on_progress
-        self.size, self.fit, self.sampling, self.batch_size = size, fit, sampling, batch_size
+        self.size: Size = size
+        self.fit: Fit = fit
+        self.sampling, self.batch_size = sampling, batch_size
         self.ahead = AHEAD_BATCHES * batch_size + workers
         self.finished, self.quarantined = kept, 0
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="clipdit-images")

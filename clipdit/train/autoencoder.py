@@ -12,11 +12,12 @@ from diffusers import AutoencoderKL
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
+from clipdit.files import write_atomically
 from clipdit.images import to_float, to_u8, write_image
 from clipdit.losses import PerceptualKind, PerceptualLoss
 from clipdit.sheets import contact_sheet
 from clipdit.train.order import batch_indices, step_generator
-from clipdit.train.state import replace_file, save_tensors
+from clipdit.train.state import save_tensors
 from clipdit.train.task import Batch, Losses
 
 
@@ -38,13 +39,30 @@ class AutoencoderSettings:
     kl_weight: float = 1e-4
     """Factor of the KL divergence to a unit Gaussian, summed over a latent cell's channels, mean over cells."""
 
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell along one side."""
+        return 2 ** (len(self.channels) - 1)
+
+    def __post_init__(self) -> None:
+        if not self.channels or min(self.channels) < 8 or any(width % 8 for width in self.channels):
+            raise ValueError(f"model.channels are {self.channels}; wanted multiples of 8, one for each resolution")
+        for name in ("latent_channels", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; wanted at least 1")
+        for name in ("crop", "perceptual_weight", "kl_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; wanted 0 or more")
+        if self.crop % self.downscale:
+            raise ValueError(f"model.crop is {self.crop}; wanted a multiple of {self.downscale}, the pixels of a latent cell")
+
     def make(self, size: int) -> AutoencoderKL:
         """A fresh autoencoder for images of about `size` pixels."""
         levels = len(self.channels)
-        return AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=self.channels,
+        return AutoencoderKL(  # diffusers types tuples of any length as tuples of one
+            down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+            up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+            block_out_channels=self.channels,  # pyright: ignore[reportArgumentType]
             layers_per_block=self.layers,
             latent_channels=self.latent_channels,
             norm_num_groups=8,
@@ -98,7 +116,8 @@ class AutoencoderTask:
         torch.manual_seed(seed)
         self.settings, self.batch, self.seed = settings, batch, seed
         self.images, self.examples = train.flatten(0, 1), val[:6].flatten(0, 1)
-        self.vae = settings.make(train.shape[-1]).to(memory_format=torch.channels_last)
+        self.vae = settings.make(train.shape[-1])
+        nn.Module.to(self.vae, memory_format=torch.channels_last)
         self.module = AutoencoderModule(self.vae, settings)
         self.weights = {"l1": 1.0, "perceptual": settings.perceptual_weight, "kl": settings.kl_weight}
 
@@ -113,14 +132,14 @@ class AutoencoderTask:
             )
             crop = self.images[i, :, top : top + side_h, left : left + side_w]
             crops.append(crop.flip(-1) if flip else crop)
-        cells = 2 ** (len(self.settings.channels) - 1)
+        cells = self.settings.downscale
         shape = (self.batch, self.settings.latent_channels, side_h // cells, side_w // cells)
         return {"image": torch.stack(crops), "noise": torch.randn(shape, generator=generator)}
 
     def save(self, folder: Path) -> None:
         target = folder / "vae"
         if not (target / "config.json").exists():
-            replace_file(target / "config.json", lambda temporary: temporary.write_text(self.vae.to_json_string()))
+            write_atomically(target / "config.json", self.vae.to_json_string(), durable=True)
         save_tensors(target / "diffusion_pytorch_model.safetensors", self.vae.state_dict())
 
     @torch.no_grad()

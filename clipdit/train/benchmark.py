@@ -141,7 +141,7 @@ def our_side(connection: Connection, plan: Plan) -> None:
     with tempfile.TemporaryDirectory() as folder:
         device, out = _device(), Path(folder) / "run"
         connection.send(peak_memory_mib(device))
-        task = translation_task(plan.experiment, plan.pairs, plan.pairs[:1], out, resume=False)
+        task = translation_task(plan.experiment, plan.pairs, plan.pairs[:1], out)
         settings = replace(plan.experiment.train, steps=10**9, log_every=50, save_every=10**9, sheet_every=10**9)
         pace = Pace(connection, device, sum(p.numel() for p in task.module.parameters() if p.requires_grad))
         try:

@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from clipdit.data.layouts import Pair
+from clipdit.files import replace_folder_contents
 from clipdit.images import to_float, write_image
 from clipdit.model.clip import MEAN, STD, pixels
 from clipdit.sheets import contact_sheet
 from clipdit.train.order import batch_indices, step_generator
-from clipdit.train.state import replace_file, save_tensors
+from clipdit.train.state import save_tensors
 from clipdit.train.task import Batch, Losses
 
 
@@ -51,6 +53,18 @@ class ClipSettings:
     scale_range: float = 0.15
     """Augmentation: images are scaled by up to this share either way, and shifted and turned (by up to 15 degrees)."""
 
+    def __post_init__(self) -> None:
+        for name in ("width", "text_width"):
+            if getattr(self, name) < 64 or getattr(self, name) % 64:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; wanted a multiple of 64, the width of a head")
+        for name in ("image_size", "patch_size", "layers", "text_layers", "embedding", "vocabulary", "max_words"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; wanted at least 1")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"model.image_size {self.image_size} does not divide into patches of {self.patch_size}")
+        if not 0 <= self.scale_range < 1:
+            raise ValueError(f"model.scale_range is {self.scale_range}; wanted a number in [0, 1)")
+
 
 def train_tokenizer(texts: Sequence[str], settings: ClipSettings) -> CLIPTokenizer:
     """CLIP's tokenizer (lower-cased byte-pair encoding with </w> at the end of words) learnt on `texts`."""
@@ -71,15 +85,24 @@ def train_tokenizer(texts: Sequence[str], settings: ClipSettings) -> CLIPTokeniz
     tokenizer.train_from_iterator(texts, trainer)
     model = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(m) for m in model["merges"]]
-    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=settings.max_words)
+    return CLIPTokenizer(
+        vocab=model["vocab"],
+        merges=merges,  # pyright: ignore[reportArgumentType]  (typed as text, taken as pairs)
+        model_max_length=settings.max_words,
+    )
 
 
 class ClipModule(nn.Module):
     """CLIP with its losses."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, clip: CLIPModel):
         super().__init__()
         self.clip = clip
+        vision = cast(CLIPVisionConfig, clip.config.vision_config)
+        self.size_px = cast(int, vision.image_size)
         self.register_buffer("mean", torch.tensor(MEAN).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).reshape(1, 3, 1, 1), persistent=False)
 
@@ -88,8 +111,7 @@ class ClipModule(nn.Module):
         image = to_float(image_u8)
         grid = F.affine_grid(theta, list(image.shape), align_corners=False)
         image = F.grid_sample(image, grid, padding_mode="border", align_corners=False)
-        size = self.clip.config.vision_config.image_size
-        out = self.clip.vision_model(pixel_values=pixels(image, size, self.mean, self.std))
+        out = self.clip.vision_model(pixel_values=pixels(image, self.size_px, self.mean, self.std))
         return F.normalize(self.clip.visual_projection(out.pooler_output).float(), dim=-1)
 
     def forward(self, batch: Batch) -> Losses:
@@ -148,7 +170,11 @@ class ClipTask:
         self.weights = {"target_text": 1.0, "source_text": 1.0, "source_target": 1.0}
 
     def _config(self) -> CLIPConfig:
-        s, special = self.settings, self.tokenizer.convert_tokens_to_ids
+        s = self.settings
+
+        def special(token: str) -> int:
+            return cast(int, self.tokenizer.convert_tokens_to_ids(token))
+
         text = CLIPTextConfig(
             vocab_size=len(self.tokenizer),
             hidden_size=s.text_width,
@@ -205,15 +231,16 @@ class ClipTask:
 
     def save(self, folder: Path) -> None:
         target = folder / "clip"
-        if not (target / "tokenizer_config.json").exists():
-            target.mkdir(parents=True, exist_ok=True)
-            replace_file(target / "config.json", lambda temporary: temporary.write_text(self.clip.config.to_json_string()))
-            size = {"height": self.settings.image_size, "width": self.settings.image_size}
-            CLIPImageProcessor(size=size, do_center_crop=False, image_mean=list(MEAN), image_std=list(STD)).save_pretrained(
-                target
-            )
-            self.tokenizer.save_pretrained(target)
+        if not (target / "config.json").exists():
+            replace_folder_contents(target, self._write_settings, last="config.json")
         save_tensors(target / "model.safetensors", self.clip.state_dict())
+
+    def _write_settings(self, folder: Path) -> None:
+        """All files but the weights."""
+        (folder / "config.json").write_text(self.clip.config.to_json_string(), encoding="utf-8")
+        size = {"height": self.settings.image_size, "width": self.settings.image_size}
+        CLIPImageProcessor(size=size, do_center_crop=False, image_mean=list(MEAN), image_std=list(STD)).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     @torch.no_grad()
     def sheet(self, path: Path) -> None:

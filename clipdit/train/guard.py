@@ -1,15 +1,19 @@
 """What watches over a run: sums of an interval, a loss that is no longer sensible, Ctrl-C, and settings that changed."""
 
+import contextlib
 import json
 import logging
 import math
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from clipdit.train.state import Progress
@@ -18,6 +22,9 @@ if TYPE_CHECKING:
     from clipdit.train.loop import TrainSettings
 
 logger = logging.getLogger(__name__)
+
+SAME_REQUEST_S = 1.0
+"""torchrun passes a Ctrl-C on to processes that have had it from the terminal already: so close together the two are one."""
 
 
 class Diverged(ValueError):
@@ -39,23 +46,26 @@ class Interval:
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over the steps and the processes, and how fast it went."""
         names = list(self.sums)
-        values = accelerator.reduce(torch.stack([self.sums[name] for name in names]), "mean") / self.steps
+        values = cast(Tensor, accelerator.reduce(torch.stack([self.sums[name] for name in names]), "mean")) / self.steps
         row = {n if n == "gradient_norm" else f"loss/{n}": v for n, v in zip(names, values.tolist(), strict=True)}
         seconds = time.monotonic() - self.began
         return row | {"steps_per_s": self.steps / seconds, "loading_share": self.loading_s / seconds}
 
 
 class Interrupt:
-    """Inside the `with`, Ctrl-C and SIGTERM set `asked` instead of breaking off within a step; a second one breaks off."""
+    """Inside the `with`, Ctrl-C and SIGTERM set `asked` instead of breaking off within a step; a later one breaks off."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._asked_at = -math.inf
 
     def _ask(self, number: int, frame) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self._asked_at = True, now
+            logger.info("stopping after this step; once more to stop at once")
+        elif now - self._asked_at > SAME_REQUEST_S:
             raise KeyboardInterrupt
-        self.asked = True
-        logger.info("stopping after this step; once more to stop at once")
 
     def __enter__(self) -> "Interrupt":
         self._before = {}
@@ -68,40 +78,53 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def check_sane(row: dict[str, float], progress: Progress, settings: "TrainSettings") -> None:
-    """Raises Diverged for a loss or gradient that is not finite, or a loss far above the lowest one so far."""
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make the folder if need be and keep other runs out of it. ValueError when another process trains into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process is training into {folder}; wait for it, or give another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_sane(row: dict[str, float], progress: Progress, settings: "TrainSettings", *, saved: int) -> None:
+    """Raises Diverged for a loss or gradient that is not finite, or a loss far above the lowest one so far. `saved` is the step
+    of the last save."""
+    rest = f"the checkpoint of step {saved} is intact. Lower train.lr (now {settings.lr:g})"
     for name, value in row.items():
         if not math.isfinite(value):
             raise Diverged(
-                f"{name} became {value} by step {progress.step}; the checkpoint of the last save is intact. Lower train.lr "
-                f"(now {settings.lr:g}) or train.clip_norm, or use --train.precision fp32"
+                f"{name} became {value} by step {progress.step}; {rest} or train.clip_norm, or take train.precision fp32"
             )
     if row["loss/total"] > settings.divergence * progress.lowest_loss > 0:
         raise Diverged(
-            f"the loss is {row['loss/total']:.4g} at step {progress.step}, {settings.divergence:g} times its lowest "
-            f"{progress.lowest_loss:.4g}; the checkpoint of the last save is intact. Lower train.lr (now {settings.lr:g})"
+            f"the loss is {row['loss/total']:.4g} at step {progress.step}, more than {settings.divergence:g} times its lowest, "
+            f"{progress.lowest_loss:.4g}; {rest}, or raise train.divergence"
         )
 
 
 def check_same_experiment(stored: str, wanted: dict) -> None:
-    """ValueError naming the first setting in which a run would be resumed differently from how it began."""
-    before, now = _flat(json.loads(stored)), _flat(json.loads(json.dumps(wanted)))
+    """ValueError naming the first setting in which a run would be resumed differently from how it began.
+
+    Only train.steps may change: a run can be prolonged. `data`, what it learns from, is compared where both sides tell it."""
+    before, now = flat(json.loads(stored)), flat(json.loads(json.dumps(wanted)))
     for name in before | now:
-        if before.get(name) != now.get(name) and name not in ("train.steps",):
+        untold = name.startswith("data.") and not (name in before and name in now)
+        if before.get(name) != now.get(name) and name != "train.steps" and not untold:
             raise ValueError(
                 f"the run began with {name} = {before.get(name)!r}, now it is {now.get(name)!r}; resume with what it began with"
             )
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
+def flat(tree: dict, prefix: str = "") -> dict[str, object]:
+    """{"train": {"lr": 1}} -> {"train.lr": 1}."""
+    found: dict[str, object] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def agreed(accelerator: Accelerator, value: float) -> float:
-    """The mean over the processes, so that all act alike. One process need not talk to itself."""
-    if accelerator.num_processes == 1:
-        return value
-    return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), "mean"))
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -6,27 +6,35 @@ the last good one. On several processes (`torchrun`) each takes its share of the
 """
 
 import contextlib
+import functools
 import json
 import logging
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clipdit.train.guard import Interrupt, Interval, agreed, check_same_experiment, check_sane
+from clipdit.files import clear_leftovers
+from clipdit.train.guard import Interrupt, Interval, alone_in, check_same_experiment, check_sane
 from clipdit.train.order import rank_slice
+from clipdit.train.processes import agreed, on_main, processes
 from clipdit.train.record import Record
-from clipdit.train.state import Progress, clear_leftovers, load_state, read_progress, save_state
+from clipdit.train.state import Progress, load_state, read_progress, save_state
 from clipdit.train.task import Losses, Task
 
 logger = logging.getLogger(__name__)
+
+LOOK_EVERY = 10
+"""Steps after which several processes ask one another whether to stop: each time they wait for their GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +82,20 @@ class TrainSettings:
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "sheet_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; wanted at least 1")
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; wanted 0 or more")
         if self.batch_size % self.accumulate:
             raise ValueError(f"train.batch_size {self.batch_size} does not divide into {self.accumulate} parts; change one")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay is {self.ema_decay}; wanted a number in [0, 1)")
-        for name in ("lr", "clip_norm", "divergence"):
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas are {self.betas}; wanted two numbers in [0, 1)")
+        for name in ("lr", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; wanted a finite number above 0")
+        if not self.divergence > 1:
+            raise ValueError(f"train.divergence is {self.divergence}; wanted a number above 1")
 
 
 def resolve_precision(precision: str, device: torch.device) -> Literal["bf16", "no"]:
@@ -123,138 +138,147 @@ def train(
     experiment: dict,
     resume: bool = False,
     minutes: float | None = None,
+    on_save: Callable[[Progress], object] | None = None,
 ) -> Progress:
     """Train until `settings.steps`, or until `minutes` of training (over all resumptions) are spent.
 
-    `experiment` is the resolved configuration, kept in the state: resuming with another one is refused. Ctrl-C saves and raises
-    KeyboardInterrupt. Raises ValueError when the run cannot be resumed, Diverged when the loss is no longer a sensible
-    number; the checkpoint before that stays.
+    `experiment` is the resolved configuration, kept in the state: resuming with another one is refused. The first process calls
+    `on_save` at the start and after each save. Ctrl-C saves and raises KeyboardInterrupt. Raises ValueError when the run cannot
+    be resumed or another process trains into `out`, Diverged when the loss is no longer a sensible number, OSError when the disk
+    takes no more; the last save stays whole in each case.
     """
-    state = PartialState(cpu=not torch.cuda.is_available())
-    accelerator = Accelerator(mixed_precision=resolve_precision(settings.precision, state.device))
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ValueError(f"minutes is {minutes}; wanted a number above 0")
+    if resume:
+        check_same_experiment(read_progress(out).experiment, experiment)
+    device = cast(torch.device, processes().device)
+    AcceleratorState._reset_state()  # else a second training in one process could not have another precision
+    accelerator = Accelerator(mixed_precision=resolve_precision(settings.precision, device))
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     if settings.batch_size % (world * settings.accumulate):
         raise ValueError(
             f"train.batch_size {settings.batch_size} does not divide among {world} processes x {settings.accumulate} parts"
         )
-    fingerprint = json.dumps(experiment, sort_keys=True)
-    optimizer = make_optimizer(task, settings)
-    task.module.to(accelerator.device)
+    optimizer = inner = make_optimizer(task, settings)
+    task.module.to(device)
     trained = [(n, p) for n, p in task.module.named_parameters() if p.requires_grad]
     parameters = [p for _, p in trained]
     ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
-    ema.to(accelerator.device)
-    progress = Progress(experiment=fingerprint)
+    ema.to(device)
+    progress = Progress(experiment=json.dumps(experiment, sort_keys=True))
     if resume:
-        check_same_experiment(read_progress(out).experiment, experiment)
-        progress = load_state(out, trained, ema.shadow_params, optimizer)
+        progress = replace(load_state(out, trained, ema.shadow_params, optimizer), experiment=progress.experiment)
         ema.optimization_step = progress.step
-    if main:
-        out.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(out)
-    inner = optimizer
     module, optimizer = accelerator.prepare(task.module, optimizer)
     forward = torch.compile(module) if settings.compile else module
+    record: Record | None = None
 
-    def save(progress: Progress) -> None:
-        if not main:
-            return
-        ema.store(parameters)
-        ema.copy_to(parameters)
-        try:
-            task.save(out)
-        finally:
-            ema.restore(parameters)
-        save_state(out, trained, ema.shadow_params, inner, progress)
-
-    def sheet(step: int) -> None:
-        if not main:
-            return
+    @contextlib.contextmanager
+    def averaged() -> Iterator[None]:
+        """The network with its averaged weights."""
         ema.store(parameters)
         ema.copy_to(parameters)
         task.module.eval()
         try:
-            task.sheet(out / "samples" / f"step-{step:06d}.png")
+            yield
         finally:
             task.module.train()
             ema.restore(parameters)
 
-    count = sum(p.numel() for p in parameters)
-    logger.info(
-        "training %.2f M parameters on %s, %s process(es), %s",
-        count / 1e6,
-        accelerator.device,
-        world,
-        "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
-    )
-    record = Record(out, step=progress.step) if main else None
-    interrupted = Interrupt()
-    bar = tqdm(total=settings.steps, initial=progress.step, disable=None if main else True, unit="step", desc="training")
-    task.module.train()
-    clock, resumed_at = time.monotonic(), progress
-    interval, last_line = Interval(), clock
-    try:
-        with interrupted:
-            while progress.step < settings.steps:
-                step = progress.step
-                began = time.monotonic()
-                batch = rank_slice(task.draw(step), rank, world)
-                interval.loading_s += time.monotonic() - began
-                share = agreed(accelerator, progress.seconds / (60 * minutes)) if minutes else 0.0
-                rate = learning_rate(settings, step, share)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                for part in range(settings.accumulate):
-                    piece = rank_slice(batch, part, settings.accumulate)
-                    piece = {k: v.to(accelerator.device, non_blocking=True) for k, v in piece.items()}
-                    last = part + 1 == settings.accumulate
-                    with contextlib.nullcontext() if last else accelerator.no_sync(module):
-                        losses = forward(piece)
-                        total = _total(losses, task.weights)
-                        accelerator.backward(total / settings.accumulate)
-                    for name, value in {**losses, "total": total[None]}.items():
-                        interval.add(name, value.detach().float().mean() / settings.accumulate)
-                interval.add("gradient_norm", accelerator.clip_grad_norm_(parameters, settings.clip_norm).detach())
-                interval.steps += 1
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                ema.step(parameters)
-                bar.update()
+    def begin() -> None:
+        nonlocal record
+        stack.enter_context(alone_in(out))
+        clear_leftovers(out)
+        if not resume:  # now, so that a kill before the first regular save can be resumed too
+            save_state(out, trained, ema.shadow_params, inner, progress)
+        record = Record(out, step=progress.step)
+        stack.callback(record.close)
+        with averaged():  # on resuming too: the kill may have come after the state was saved and before the checkpoint was
+            task.save(out)
+        if on_save is not None:
+            on_save(progress)
 
-                now = time.monotonic()
-                progress = replace(progress, step=step + 1, seconds=resumed_at.seconds + now - clock)
-                spent = minutes is not None and progress.seconds >= 60 * minutes
+    def write(progress: Progress, row: dict[str, float] | None, saves: bool, draws: bool) -> None:
+        assert record is not None
+        if row is not None:
+            record.add({"step": progress.step, **row})
+        if saves:
+            save_state(out, trained, ema.shadow_params, inner, progress)
+            with averaged():
+                task.save(out)
+            record.plot()
+            if on_save is not None:
+                on_save(progress)
+        if draws:
+            with averaged():
+                task.sheet(out / "samples" / f"step-{progress.step:06d}.png")
+
+    if main:
+        precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+        count = sum(p.numel() for p in parameters) / 1e6
+        logger.info("training %.2f M parameters on %s, %d process(es), %s", count, device, world, precision)
+    budget_s = 60 * minutes if minutes is not None else math.inf
+    share, asked = progress.seconds / budget_s, 0.0
+    with contextlib.ExitStack() as stack:
+        interrupted = stack.enter_context(Interrupt())
+        on_main(begin)
+        bar = stack.enter_context(
+            tqdm(total=settings.steps, initial=progress.step, disable=None if main else True, unit="step", desc="training")
+        )
+        task.module.train()
+        saved, resumed_at, clock = progress.step, progress, time.monotonic()
+        interval, last_line = Interval(), clock
+        while progress.step < settings.steps and share < 1 and not asked:
+            step = progress.step
+            began = time.monotonic()
+            batch = rank_slice(task.draw(step), rank, world)
+            interval.loading_s += time.monotonic() - began
+            rate = learning_rate(settings, step, share)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            for part in range(settings.accumulate):
+                piece = rank_slice(batch, part, settings.accumulate)
+                piece = {k: v.to(device, non_blocking=True) for k, v in piece.items()}
+                last = part + 1 == settings.accumulate
+                with contextlib.nullcontext() if last else accelerator.no_sync(module):
+                    losses = forward(piece)
+                    total = _total(losses, task.weights)
+                    accelerator.backward(total / settings.accumulate)
+                for name, value in {**losses, "total": total[None]}.items():
+                    interval.add(name, value.detach().float().mean() / settings.accumulate)
+            interval.add("gradient_norm", cast(Tensor, accelerator.clip_grad_norm_(parameters, settings.clip_norm)).detach())
+            interval.steps += 1
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.step(parameters)
+            bar.update()
+
+            now = time.monotonic()
+            progress = replace(progress, step=step + 1, seconds=resumed_at.seconds + now - clock)
+            ends = progress.step == settings.steps
+            if world == 1 or ends or progress.step % LOOK_EVERY == 0:
                 # every process must stop and save at the same step, whoever was asked to
-                ends = agreed(accelerator, float(spent or interrupted.asked)) > 0
-                done = ends or progress.step == settings.steps
-                saves = done or progress.step % settings.save_every == 0
-                if saves or progress.step % settings.log_every == 0:
-                    row = interval.means(accelerator)
-                    check_sane(row, progress, settings)
-                    progress = replace(progress, lowest_loss=min(progress.lowest_loss, row["loss/total"]))
-                    row |= {"lr": rate, "images_per_s": row.pop("steps_per_s") * settings.batch_size}
-                    if record:
-                        record.add({"step": progress.step, **row})
-                    bar.set_postfix(loss=f"{row['loss/total']:.4f}", images_per_s=f"{row['images_per_s']:.0f}")
-                    if main and bar.disable and (now - last_line > 15 or done):
-                        logger.info(
-                            "step %d/%d  loss %.4f  %.0f images/s",
-                            progress.step, settings.steps, row["loss/total"], row["images_per_s"],
-                        )  # fmt: skip
-                        last_line = now
-                    interval = Interval()
-                if record and (progress.step % settings.sheet_every == 0 or done):
-                    sheet(progress.step)
-                if saves:
-                    save(progress)
-                    if record:
-                        record.plot()
-                if done:
-                    break
-    finally:
-        bar.close()
-        if record:
-            record.close()
-    if interrupted.asked:
+                share, asked = agreed(progress.seconds / budget_s, float(interrupted.asked))
+            ends = ends or share >= 1
+            saves = ends or asked > 0 or progress.step % settings.save_every == 0
+            draws = not asked and (ends or progress.step % settings.sheet_every == 0)
+            row = None
+            if saves or progress.step % settings.log_every == 0:
+                row = interval.means(accelerator)
+                check_sane(row, progress, settings, saved=saved)
+                progress = replace(progress, lowest_loss=min(progress.lowest_loss, row["loss/total"]))
+                row |= {"lr": rate, "images_per_s": row.pop("steps_per_s") * settings.batch_size}
+                loss, images_per_s = row["loss/total"], row["images_per_s"]
+                bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{images_per_s:.0f}")
+                if main and bar.disable and (now - last_line > 15 or ends):
+                    logger.info("step %d/%d  loss %.4f  %.0f images/s", progress.step, settings.steps, loss, images_per_s)
+                    last_line = now
+                interval = Interval()
+            if row is not None or draws:
+                on_main(functools.partial(write, progress, row, saves, draws))
+                saved = progress.step if saves else saved
+    if asked:
+        if main:
+            logger.info("saved at step %d; --resume goes on from there", progress.step)
         raise KeyboardInterrupt
     return progress

@@ -1,18 +1,18 @@
-"""From a preset and a data folder to a run: reads the pairs, loads or makes the networks, lays out the run folder, trains."""
+"""From a preset and a data folder to a run: reads the pairs, loads or makes the networks, trains, writes the model card."""
 
+import hashlib
 import logging
-import shutil
-import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from tqdm.auto import tqdm
 
 from clipdit.backend import builtin_checkpoint
 from clipdit.data.cache import build_cache
 from clipdit.data.layouts import Pair
-from clipdit.data.pairs import find_pairs
+from clipdit.data.pairs import PairSet, find_pairs
 from clipdit.data.pixels import read_pixels
 from clipdit.experiment import (
     AutoencoderExperiment,
@@ -23,16 +23,20 @@ from clipdit.experiment import (
     to_json,
     write_experiment,
 )
+from clipdit.files import write_atomically
+from clipdit.losses import PerceptualLoss
 from clipdit.model.autoencoder import Autoencoder, load_vae
 from clipdit.model.clip import ClipImageEncoder, load_clip
-from clipdit.pipeline import ClipDiTPipeline, save_checkpoint
-from clipdit.presets import BUILT_IN
+from clipdit.pipeline import ClipDiTPipeline
+from clipdit.presets import BUILT_IN, PRESETS
+from clipdit.train import card
 from clipdit.train.autoencoder import AutoencoderTask
 from clipdit.train.clip import ClipTask, read_captions
 from clipdit.train.guard import check_same_experiment
 from clipdit.train.loop import train
+from clipdit.train.processes import from_main, main_first, processes
+from clipdit.train.record import read_history
 from clipdit.train.state import STATE_FILE, Progress, read_progress
-from clipdit.train.task import Task
 from clipdit.train.translation import Held, TranslationTask
 
 logger = logging.getLogger(__name__)
@@ -42,56 +46,84 @@ SHEET_ROWS = 12
 def run(
     experiment: Experiment, preset: str, data: Path, out: Path, *, resume: bool = False, minutes: float | None = None
 ) -> Progress:
-    """Train `experiment` on the pairs in `data` into the folder `out`.
+    """Train `experiment`, a variant of `preset`, on the pairs in `data` into the folder `out`.
 
     ValueError when there is nothing to train on, `out` is taken, or the run cannot be resumed so.
     """
     plain = to_json(experiment, preset)
+    found = from_main(lambda: _find(experiment, plain, data, out, resume))
+    pairs, val = found.split("train"), found.split("val") or found.split("test") or found.split("train")
+    names = hashlib.sha256("\n".join(pair.id for pair in pairs).encode()).hexdigest()
+    plain["data"] = {"layout": found.layout, "pairs": len(pairs), "names_sha256": names[:16]}
+    size = (experiment.pairs.size, experiment.pairs.size)
+    batch, seed = experiment.train.batch_size, experiment.train.seed
+    match experiment:
+        case TranslationExperiment():
+            kind, task = card.TRANSLATOR, translation_task(experiment, pairs, val, out)
+        case AutoencoderExperiment():
+            train_pixels, held = read_pixels(pairs, size), read_pixels(val[:6], size)
+            kind, task = card.AUTOENCODER, AutoencoderTask(experiment.model, train_pixels, held, batch, seed)
+        case ClipExperiment():
+            captions, held_captions = (read_captions(data, part) for part in (pairs, val))
+            train_pixels, held = (read_pixels(part, size) for part in (pairs, val))
+            kind = card.CLIP
+            task = ClipTask(experiment.model, train_pixels, captions, held, held_captions, batch, seed)
+
+    function = PRESETS.get(preset)
+    told = card.Told(
+        kind=kind,
+        summary=(function.__doc__ or "").strip().splitlines()[0] if function is not None else "",
+        experiment=plain,
+        preset=to_json(function(), preset) if function is not None else {},
+        data=data,
+        found=found,
+        out=out,
+        minutes=minutes,
+    )
+
+    def describe(progress: Progress) -> None:
+        write_experiment(out, plain)
+        rows = read_history(out)
+        write_atomically(out / card.CARD_FILE, card.model_card(told, progress, rows[-1] if rows else None))
+
+    return train(task, experiment.train, out, experiment=plain, resume=resume, minutes=minutes, on_save=describe)
+
+
+def _find(experiment: Experiment, plain: dict, data: Path, out: Path, resume: bool) -> PairSet:
+    """The pairs, every one of them read once, so that no damaged file stops the training later."""
     if resume:
-        check_same_experiment(read_progress(out).experiment, plain)  # before minutes of caching
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())) and not _only_cache(out):
-        hint = "add --resume to go on, or give another folder" if (out / STATE_FILE).exists() else "give a new or empty folder"
-        raise ValueError(f"{out} is there already; {hint}")
-    found = find_pairs(data, direction=experiment.pairs.direction, read_pixels=True)
+        check_same_experiment(read_progress(out).experiment, plain)
+    else:
+        _check_free(out)
+    with tqdm(desc="reading pairs", unit="pair", disable=None) as bar:
+
+        def show(done: int, of: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+
+        found = find_pairs(data, direction=experiment.pairs.direction, read_pixels=True, on_pair=show)
     for problem in found.problems[:5]:
         logger.warning("left out %s", problem)
     if len(found.problems) > 5:
         logger.warning("and %d more; `clipdit data check %s` lists them", len(found.problems) - 5, data)
     for note in found.notes:
         logger.info("%s", note)
-    pairs, val = found.split("train"), found.split("val") or found.split("test") or found.split("train")
-    if not pairs:
+    counts = {name: len(found.split(name)) for name in ("train", "val", "test")}
+    if not counts["train"]:
         raise ValueError(f"{data} holds no pairs to train on; `clipdit data check {data}` says what was found")
-    logger.info("%d pairs to train on, %d held out for sample sheets (%s)", len(pairs), len(val), found.layout)
-    match experiment:
-        case TranslationExperiment():
-            task = translation_task(experiment, pairs, val, out, resume)
-        case AutoencoderExperiment():
-            size = (experiment.pairs.size, experiment.pairs.size)
-            task = AutoencoderTask(
-                experiment.model,
-                read_pixels(pairs, size),
-                read_pixels(val[:6], size),
-                experiment.train.batch_size,
-                experiment.train.seed,
-            )
-        case ClipExperiment():
-            task = _clip(experiment, pairs, val, data)
-    if PartialState().is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        write_experiment(out, plain)
-    return train(task, experiment.train, out, experiment=plain, resume=resume, minutes=minutes)
+    logger.info("%d pairs to train on, %d val, %d test (%s)", *counts.values(), found.layout)
+    return replace(found, scan=None)  # large, and of no more use
 
 
-def _only_cache(out: Path) -> bool:
-    return out.is_dir() and {p.name for p in out.iterdir()} <= {"cache"}
-
-
-def _clip(experiment: ClipExperiment, pairs: Sequence[Pair], val: Sequence[Pair], data: Path) -> Task:
-    size = (experiment.pairs.size, experiment.pairs.size)
-    train, held = (read_pixels(p, size) for p in (pairs, val))
-    captions, held_captions = (read_captions(data, p) for p in (pairs, val))
-    return ClipTask(experiment.model, train, captions, held, held_captions, experiment.train.batch_size, experiment.train.seed)
+def _check_free(out: Path) -> None:
+    """ValueError unless `out` is new, empty, or was left by a run that was killed before it had begun to train."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; give a new or empty folder")
+    names = [path.name for path in out.iterdir()] if out.exists() else []
+    if all(name in ("cache", ".lock") or name.endswith(".part") for name in names):
+        return
+    hint = "add --resume to go on, or give another folder" if STATE_FILE in names else "give a new or empty folder"
+    raise ValueError(f"{out} is there already; {hint}")
 
 
 def locate(part: str) -> str:
@@ -112,33 +144,20 @@ def check_size(settings: PairSettings, downscale: int, patch: int) -> None:
         )
 
 
-def translation_task(experiment: TranslationExperiment, pairs: Sequence[Pair], val: Sequence[Pair], out: Path, resume: bool) -> Task:
+def translation_task(experiment: TranslationExperiment, pairs: Sequence[Pair], val: Sequence[Pair], out: Path) -> TranslationTask:
+    """Load the VAE and CLIP, make the DiT, and fill the cache or find it filled. `val` is for sample sheets.
+
+    ValueError for whatever does not fit together; said before the minutes of caching."""
     settings, model = experiment.train, experiment.model
     size = (experiment.pairs.size, experiment.pairs.size)
     vae = load_vae(locate(experiment.vae)).eval()
     bare = Autoencoder(vae)
     check_size(experiment.pairs, bare.downscale, model.patch)
     reads_clip = model.conditioning != "concat"
-    if reads_clip and experiment.clip is None:
-        raise ValueError(f'conditioning "{model.conditioning}" reads CLIP; give --clip, or --model.conditioning concat')
     wants_clip = reads_clip or experiment.loss.clip_similarity > 0
     encoder = load_clip(locate(experiment.clip)).eval() if wants_clip and experiment.clip else None
     clip = ClipImageEncoder(encoder) if encoder is not None else None
-
-    state = PartialState(cpu=not torch.cuda.is_available())
-    bare.to(state.device)
-    if clip is not None:
-        clip.to(state.device)
-    with state.main_process_first():  # the others find the cache made
-        cache = build_cache(
-            experiment.pairs.cache or out / "cache",
-            pairs,
-            bare,
-            clip if reads_clip else None,
-            experiment.pairs.augment,
-            size=size,
-        )
-    statistics = cache.statistics
+    perceptual = PerceptualLoss(experiment.loss.perceptual_network) if experiment.loss.perceptual else None
     torch.manual_seed(settings.seed)
     dit = model.make(
         latent_channels=bare.latent_channels,
@@ -147,42 +166,37 @@ def translation_task(experiment: TranslationExperiment, pairs: Sequence[Pair], v
     )
     if settings.gradient_checkpointing:
         dit.enable_gradient_checkpointing()
+
+    device = processes().device
+    bare.to(device)
+    if clip is not None:
+        clip.to(device)
+    folder = experiment.pairs.cache or out / "cache"
+    seen = clip if reads_clip else None
+    cache = main_first(lambda: build_cache(folder, pairs, bare, seen, experiment.pairs.augment, size=size))
     pipeline = ClipDiTPipeline(
         dit,
         vae,
         experiment.objective.to_scheduler(),
         encoder if reads_clip else None,
-        latents_mean=statistics.mean,
-        latents_std=statistics.std,
+        latents_mean=cache.statistics.mean,
+        latents_std=cache.statistics.std,
         image_size=size,
         default_steps=experiment.steps,
         default_guidance=experiment.guidance,
     )
-    if state.is_main_process and not resume:
-        _lay_out(pipeline, out)
     held = val[:SHEET_ROWS]
     return TranslationTask(
-        dit,
+        pipeline,
         experiment.objective,
         experiment.loss,
-        Autoencoder(vae, statistics.mean, statistics.std),
-        clip,
         cache,
         Held(pixels=read_pixels(held, size), names=[pair.id for pair in held]),
+        clip=clip,
+        perceptual=perceptual,
         batch=settings.batch_size,
         seed=settings.seed,
         drop=experiment.drop_condition,
         steps=experiment.steps,
         guidance=experiment.guidance,
     )
-
-
-def _lay_out(pipeline: ClipDiTPipeline, out: Path) -> None:
-    """Write the whole checkpoint folder beside `out`, then move its parts in: a kill leaves no half of one.
-
-    `model_index.json` comes last: until it is there the folder is no checkpoint."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        save_checkpoint(pipeline, Path(temporary))
-        for part in sorted(Path(temporary).iterdir(), key=lambda p: p.name == "model_index.json"):
-            shutil.move(part, out / part.name)

@@ -4,11 +4,8 @@ Weights, optimiser moments and moving averages go in by parameter name, the step
 Nothing else is needed to go on exactly (see clipdit.train.order).
 """
 
-import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from clipdit.files import replace_file
 
 STATE_FILE = "training_state.safetensors"
 
@@ -34,30 +33,6 @@ class Progress:
     """The resolved experiment as JSON: a run is resumed by the settings that began it."""
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` a new file beside `path`, then put it in its place in one step. A failure leaves the old file and no litter."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that nobody else can read
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically. OSError with one clear line when the disk does not take it."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -67,16 +42,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
             save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:  # it wraps the operating system's error in text
             raise OSError(
-                f"{path} was not written: {error}. The last good checkpoint is intact; free some space and resume"
+                f"{path} was not written: {error}. What was saved before is intact; free some space and resume"
             ) from error
 
-    replace_file(path, write)
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Remove what a killed process was writing."""
-    for part in folder.rglob(".*.part"):
-        part.unlink(missing_ok=True)
+    replace_file(path, write, durable=True)
 
 
 def save_state(
@@ -88,7 +57,7 @@ def save_state(
 ) -> None:
     """Write the state of a run. `averages` are in the order of `parameters`, or None."""
     named = list(parameters)
-    tensors = {f"parameter/{name}": p for name, p in named}
+    tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in named}
     if averages is not None:
         tensors |= {f"average/{name}": a for (name, _), a in zip(named, averages, strict=True)}
     for name, p in named:
@@ -105,7 +74,7 @@ def read_progress(folder: Path) -> Progress:
     try:
         with safe_open(path, framework="pt") as file:
             return Progress(**json.loads(file.metadata()["progress"]))
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); start again in another folder") from error
 
 
@@ -115,16 +84,22 @@ def load_state(
     averages: Iterable[Tensor] | None,
     optimizer: torch.optim.Optimizer,
 ) -> Progress:
-    """Read back what `save_state` wrote, in place. ValueError if it belongs to another network."""
+    """Read back what `save_state` wrote, in place. ValueError if it belongs to another network; nothing was changed then."""
     progress = read_progress(folder)
-    named = list(parameters)
-    with safe_open(folder / STATE_FILE, framework="pt") as file:
+    path, named = folder / STATE_FILE, list(parameters)
+    with safe_open(path, framework="pt") as file:
         keys = set(file.keys())
-        wanted = {f"parameter/{name}" for name, _ in named}
-        stored = {key for key in keys if key.startswith("parameter/")}
-        if wanted != stored:
-            odd = sorted(wanted ^ stored)[0].removeprefix("parameter/")
-            raise ValueError(f"{folder / STATE_FILE} belongs to another network: {odd} is on one side only")
+        wanted = {f"parameter/{name}": p for name, p in named}
+        if averages is not None:
+            wanted |= {f"average/{name}": p for name, p in named}
+        stored = {key for key in keys if key.startswith(("parameter/", "average/") if averages is not None else "parameter/")}
+        if odd := sorted(wanted.keys() ^ stored):
+            raise ValueError(f"{path} belongs to another network: {odd[0].partition('/')[2]} is on one side only")
+        for key, p in wanted.items():
+            if (shape := file.get_slice(key).get_shape()) != list(p.shape):
+                raise ValueError(
+                    f"{path} belongs to another network: {key.partition('/')[2]} is {shape} there, {list(p.shape)} here"
+                )
         with torch.no_grad():
             for name, p in named:
                 p.copy_(file.get_tensor(f"parameter/{name}"))
@@ -134,6 +109,13 @@ def load_state(
         for name, p in named:
             prefix = f"optimizer/{name}/"
             state = {key.removeprefix(prefix): file.get_tensor(key) for key in keys if key.startswith(prefix)}
-            # "step" stays where the optimiser keeps it (the CPU, unless fused on a GPU); the moments follow their parameter
-            optimizer.state[p] = {k: v.to(p.device) if v.ndim or p.is_cuda else v for k, v in state.items()}
+            optimizer.state[p] = {key: _like(p, value) for key, value in state.items()}
     return progress
+
+
+def _like(p: nn.Parameter, value: Tensor) -> Tensor:
+    """A tensor of the optimiser where and as the optimiser wants it. Moments lie in memory as their parameter does (channels last
+    in a VAE): fused AdamW walks through both in memory order, and would silently mix up their entries otherwise."""
+    if value.shape == p.shape and value.ndim:
+        return torch.empty_like(p, dtype=value.dtype).copy_(value)
+    return value.to(p.device) if p.is_cuda else value  # "step": on the CPU unless fused on a GPU

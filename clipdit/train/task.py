@@ -16,10 +16,15 @@ Losses = dict[str, Float[Tensor, "B"]]
 class Task(Protocol):
     """A task is an nn.Module: its parameters that require a gradient are what is trained, `forward` is Batch -> Losses."""
 
-    module: nn.Module
-    """The network(s); `forward(batch)` returns Losses."""
-    weights: dict[str, float]
-    """Name of a loss -> its factor in the sum that is minimised. What is not named is reported only."""
+    @property
+    def module(self) -> nn.Module:
+        """The network(s); `forward(batch)` returns Losses."""
+        ...
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Name of a loss -> its factor in the sum that is minimised. What is not named is reported only."""
+        ...
 
     def draw(self, step: int) -> Batch:
         """The whole batch of this step, for all processes: a function of the step alone."""

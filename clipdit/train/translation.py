@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from clipdit.backend import Condition
 from clipdit.data.cache import LatentCache
+from clipdit.files import replace_folder_contents
 from clipdit.images import to_float, to_u8, write_image
-from clipdit.losses import ClipSimilarityLoss, PerceptualKind, PerceptualLoss
+from clipdit.losses import ClipSimilarityLoss, PerceptualKind
 from clipdit.model.autoencoder import Autoencoder
 from clipdit.model.clip import ClipImageEncoder
 from clipdit.model.dit import DiT
 from clipdit.objective import Objective, draw_noise
+from clipdit.pipeline import ClipDiTPipeline, save_checkpoint
 from clipdit.sampling import guide, sample, seeded_noise
 from clipdit.sheets import contact_sheet
 from clipdit.train.order import batch_indices, step_generator
-from clipdit.train.state import replace_file, save_tensors
+from clipdit.train.state import save_tensors
 from clipdit.train.task import Batch, Losses
 
 
@@ -61,26 +63,38 @@ class LossSettings:
 
 def condition_of(batch: Batch, dit: DiT) -> Condition:
     """The condition in a cached batch; without CLIP its two parts are empty."""
-    latent = batch["source"]
-    empty = latent.new_zeros
-    tokens = batch["tokens"] if "tokens" in batch else empty(len(latent), 0, dit.config.clip_token_width)
-    pooled = batch["pooled"] if "pooled" in batch else empty(len(latent), dit.config.clip_embedding_width)
+    latent, config = batch["source"], dict(dit.config)
+    tokens = batch["tokens"] if "tokens" in batch else latent.new_zeros(len(latent), 0, config["clip_token_width"])
+    pooled = batch["pooled"] if "pooled" in batch else latent.new_zeros(len(latent), config["clip_embedding_width"])
     return Condition(tokens=tokens, pooled=pooled, latent=latent)
 
 
 class TranslationModule(nn.Module):
-    """The DiT with its losses. The frozen networks of the pixel losses are held outside of it, in `frozen`."""
+    """The DiT with its losses. The networks that only judge are frozen.
+
+    Args:
+        perceptual: (output, target) in [-1, 1] -> a distance an image; None where loss.perceptual is 0.
+        clip: None where loss.clip_similarity is 0.
+    """
 
     def __init__(
-        self, dit: DiT, objective: Objective, loss: LossSettings, autoencoder: Autoencoder, clip: ClipImageEncoder | None
+        self,
+        dit: DiT,
+        objective: Objective,
+        loss: LossSettings,
+        *,
+        autoencoder: Autoencoder,
+        clip: ClipImageEncoder | None = None,
+        perceptual: nn.Module | None = None,
     ):
         super().__init__()
         self.dit, self.objective, self.loss = dit, objective, loss
-        self.autoencoder = autoencoder.requires_grad_(False) if loss.pixels else None
-        self.perceptual = PerceptualLoss(loss.perceptual_network).requires_grad_(False) if loss.perceptual else None
-        self.clip = clip.requires_grad_(False) if clip is not None and loss.clip_similarity else None
         if loss.clip_similarity and clip is None:
             raise ValueError("loss.clip_similarity needs a CLIP image encoder; give --clip, or set it to 0")
+        assert perceptual is not None or not loss.perceptual
+        self.autoencoder = autoencoder.requires_grad_(False) if loss.pixels else None
+        self.perceptual = perceptual.requires_grad_(False) if perceptual is not None and loss.perceptual else None
+        self.clip = clip.requires_grad_(False) if clip is not None and loss.clip_similarity else None
 
     def forward(self, batch: Batch) -> Losses:
         condition = condition_of(batch, self.dit)
@@ -137,24 +151,28 @@ class TranslationTask:
 
     def __init__(
         self,
-        dit: DiT,
+        pipeline: ClipDiTPipeline,
         objective: Objective,
         loss: LossSettings,
-        autoencoder: Autoencoder,
-        clip: ClipImageEncoder | None,
         cache: LatentCache,
         held: Held,
         *,
+        clip: ClipImageEncoder | None,
+        perceptual: nn.Module | None,
         batch: int,
         seed: int,
         drop: float,
         steps: int,
         guidance: float,
     ):
-        self.dit, self.objective, self.loss = dit, objective, loss
-        self.autoencoder, self.clip, self.cache, self.held = autoencoder.eval(), clip.eval() if clip else None, cache, held
+        """`pipeline` is the checkpoint whose DiT is trained; `objective` its own, with what matters in training only."""
+        self.pipeline, self.dit, self.objective, self.loss = pipeline, pipeline.transformer, objective, loss
+        self.autoencoder = Autoencoder(pipeline.vae, cache.statistics.mean, cache.statistics.std).eval()
+        self.clip, self.cache, self.held = clip.eval() if clip else None, cache, held
         self.batch, self.seed, self.drop, self.steps, self.guidance = batch, seed, drop, steps, guidance
-        self.module = TranslationModule(dit, objective, loss, self.autoencoder, self.clip)
+        self.module = TranslationModule(
+            self.dit, objective, loss, autoencoder=self.autoencoder, clip=self.clip, perceptual=perceptual
+        )
         factors = {n: getattr(loss, n) for n in ("reconstruction", "clip_similarity", "perceptual")}
         self.weights = {name: factor for name, factor in factors.items() if factor}
 
@@ -174,10 +192,9 @@ class TranslationTask:
         return batch
 
     def save(self, folder: Path) -> None:
-        target = folder / "transformer"
-        if not (target / "config.json").exists():
-            replace_file(target / "config.json", lambda temporary: temporary.write_text(self.dit.to_json_string()))
-        save_tensors(target / "diffusion_pytorch_model.safetensors", self.dit.state_dict())
+        if not (folder / "model_index.json").exists():  # until it is there the folder is no checkpoint
+            replace_folder_contents(folder, lambda parts: save_checkpoint(self.pipeline, parts), last="model_index.json")
+        save_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", self.dit.state_dict())
 
     @torch.no_grad()
     def sheet(self, path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from clipdit import cli
 from clipdit.demo import METRICS, Demo, read_samples, run_demo, write_demo
 from clipdit.fake_backend import FakeBackend
 from clipdit.images import read_image
@@ -122,6 +123,12 @@ def test_the_numbers_are_in_bench_json(demo: Demo, written: Path):
 def test_without_any_backend_each_is_named_with_its_reason(samples_folder: Path):
     with pytest.raises(ValueError, match=r"the eager backend cannot run .*: the folder is damaged"):
         run_demo(samples_folder, samples_folder, backends={"eager": "the folder is damaged"})
+
+
+def test_a_backend_that_does_not_exist_is_refused_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["demo", "--out", str(tmp_path / "demo"), "--backends", "eager", "warp"]) == cli.WRONG_INPUT
+    assert capsys.readouterr().err.startswith("clipdit: there is no backend warp; there are eager, ")
+    assert not (tmp_path / "demo").exists()
 
 
 def test_samples_without_partner_are_refused(samples_folder: Path, tmp_path: Path):

@@ -57,6 +57,7 @@ def test_condition_is_the_latent_and_what_clip_sees(sources):
     condition = EagerBackend(pipeline).encode(sources)
     image = to_float(sources)
     torch.testing.assert_close(condition.latent, pipeline.autoencoder.encode(image))
+    assert pipeline.clip is not None
     tokens, pooled = pipeline.clip(image)
     torch.testing.assert_close(condition.tokens, tokens)
     torch.testing.assert_close(condition.pooled, pooled)
@@ -144,7 +145,7 @@ def test_folders_that_cannot_be_opened_say_why(folder, tmp_path):
         with pytest.raises(ValueError, match=message) as raised:
             open_backend(path)
         assert "\n" not in str(raised.value)
-    assert "holds no model_index.json" in available_backends(tmp_path / "empty")["eager"]
+    assert "holds no model_index.json" in str(available_backends(tmp_path / "empty")["eager"])
 
 
 def test_devices_and_dtypes_that_are_not_there_are_named(folder):

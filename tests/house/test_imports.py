@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 IMPORT_EVERYTHING = """
 import json, logging, os, pkgutil, random, sys, threading
-import numpy, torch, diffusers, transformers, accelerate   # what they do on import is theirs
+import accelerate, cv2, diffusers, numpy, torch, transformers   # what they do on import is theirs
 import clipdit
 
 def state():
