@@ -44,7 +44,7 @@ picture: demo
 
 # Without `+cpu` and the like: that part names a download, not a version.
 freeze: .venv/installed
-	{ grep '^#' constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+.*//' | sort -f; } > constraints.new
+	{ grep '^#' constraints.txt; $(BIN)/pip freeze --all --exclude pip --exclude-editable | sed 's/+.*//' | sort -f; } > constraints.new
 	mv constraints.new constraints.txt
 
 clean:

@@ -157,6 +157,7 @@ Experiment = TranslationExperiment | AutoencoderExperiment | ClipExperiment
 def to_json(experiment: Experiment, preset: str) -> dict:
     """The resolved experiment as plain data."""
     plain = json.loads(json.dumps(asdict(experiment), default=str))
+    del plain["pairs"]["cache"]  # a place on one machine, and nothing that results depend on
     objective = getattr(experiment, "objective", None)
     return {"preset": preset, **plain} | (
         {"objective": {"kind": type(objective).__name__, **plain["objective"]}} if objective else {}

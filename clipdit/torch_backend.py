@@ -28,8 +28,8 @@ Step = Callable[[Tensor, Tensor, Context], Tensor]
 
 
 class EagerBackend:
-    """A pipeline as it is, on the device and in the dtype it has. `open` brings one from a folder. Its weights may change (training),
-    but not while a condition is in use.
+    """A pipeline as it is, on the device and in the dtype it has. `open` brings one from a folder. Its weights may change
+    (training), but not while a condition is in use.
 
     Args:
         pipeline: with all parts on one device; it is used, not copied, and not changed.

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import ModelMixin
+from diffusers import AutoencoderTiny, ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -122,6 +122,8 @@ def load_diffusers(kind: type[Diffusers], folder: Path, dtype: torch.dtype = tor
     config = read_json(folder / "config.json")
     if config.get("_class_name") != kind.__name__:
         raise ValueError(f"{folder / 'config.json'} is of class {config.get('_class_name')}; wanted {kind.__name__}")
+    if kind is AutoencoderTiny:
+        config.pop("block_out_channels", None)  # diffusers writes it, and on reading complains that it did
     tensors = OrderedDict(read_tensors(folder, "diffusion_pytorch_model"))
     with refused(f"{folder / 'config.json'} is damaged"), init_empty_weights(include_buffers=False):
         network = cast(Diffusers, kind.from_config(config))  # pyright: ignore[reportAttributeAccessIssue]  (also a ConfigMixin)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,10 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from clipdit.decoding import read_image
 from clipdit.diffusion import DDPM
 from clipdit.flow import FlowMatching
+from clipdit.images import write_image
 from clipdit.model.dit import DiT
 from clipdit.model.taef2 import Taef2
 from clipdit.pipeline import ClipDiTPipeline, load_checkpoint, save_checkpoint
@@ -219,6 +222,17 @@ pipeline(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 """
     done = subprocess.run([sys.executable, "-W", "always::FutureWarning", "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_documentation_runs(checkpoint, tmp_path, monkeypatch):
+    page = Path(__file__).parents[2] / "docs" / "checkpoint.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, "runs/shoes")
+    write_image("drawing.png", torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8))
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), {})
+    assert len(blocks) == 2 and read_image(Path("shoe.png")).shape == (3, 50, 70)
 
 
 # --- what is damaged is refused ---

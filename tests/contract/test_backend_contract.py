@@ -119,7 +119,7 @@ def test_decode_gives_pixels_of_the_size_that_was_encoded(backend, sources):
 def test_numbers_that_are_not_finite_are_refused_and_not_drawn(backend, sources):
     latent = backend.encode(sources).latent.clone()
     latent[1, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="not finite|NaN"):
+    with pytest.raises(ValueError, match=r"not finite|NaN"):
         backend.decode(latent)
 
 
