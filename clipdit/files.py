@@ -28,6 +28,7 @@ def replace_file(path: Path, write: Callable[[Path], object], *, durable: bool =
     try:
         with naming(path):
             write(temporary)
+            _open_to_others(temporary)
             if durable:
                 _bring_to_disk(temporary)
             os.replace(temporary, path)
@@ -47,6 +48,9 @@ def replace_folder_contents(folder: Path, write: Callable[[Path], object], *, la
         with naming(folder):
             temporary.mkdir()
             write(temporary)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _open_to_others(file)
             for part in sorted(temporary.iterdir(), key=lambda part: part.name == last):
                 if (folder / part.name).is_dir():
                     shutil.rmtree(folder / part.name)
@@ -74,6 +78,13 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is None:  # not of the operating system: its text says all
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _open_to_others(file: Path) -> None:
+    """The rights that a new file usually has: safetensors makes files that nobody else can read."""
+    mask = os.umask(0)  # it cannot be read without being set
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def _bring_to_disk(path: Path) -> None:

@@ -70,7 +70,7 @@ class Told:
 
     kind: Kind
     summary: str
-    """One sentence."""
+    """Of the preset, one sentence."""
     experiment: dict
     """The resolved experiment, clipdit.experiment.to_json."""
     preset: dict
@@ -117,7 +117,8 @@ def model_card(told: Told, progress: Progress, last_row: dict[str, float] | None
     parts = [
         f"---\n{header.to_yaml()}\n---",
         f"# {told.out.resolve().name}",
-        f"{told.summary} Made by `clipdit train {settings['preset']}`, step {progress.step:,} of {train['steps']:,}.",
+        f"Made with the preset `{settings['preset']}` of clipdit ({told.summary.rstrip('.')}), step {progress.step:,} of "
+        f"{train['steps']:,}.",
         "## Use",
         told.kind.use.format(folder=told.out.name),
         "## Data",

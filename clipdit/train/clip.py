@@ -139,9 +139,12 @@ def read_captions(folder: Path, pairs: Sequence[Pair]) -> list[list[str]]:
     if not path.exists():
         raise ValueError(f"{path} is missing; CLIP learns from names: one JSON object a line with id, name and keywords")
     known = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        known[row["id"]] = [row["name"], *[k for k in row.get("keywords", []) if k != row["name"]]]
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            known[row["id"]] = [row["name"], *[k for k in row.get("keywords", []) if k != row["name"]]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} line {number} is no JSON object with id and name") from error
     nameless = [pair.id for pair in pairs if Path(pair.id).name not in known]
     if nameless:
         raise ValueError(f"{path} has no name for {nameless[0]} and {len(nameless) - 1} more of {len(pairs)} pairs")

@@ -109,6 +109,16 @@ def check_sane(row: dict[str, float], progress: Progress, settings: "TrainSettin
         )
 
 
+def check_plan(settings: "TrainSettings", minutes: float | None, processes: int) -> None:
+    """ValueError for a time that is none, and for a batch that so many processes cannot share."""
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ValueError(f"minutes is {minutes}; wanted a number above 0")
+    if settings.batch_size % (processes * settings.accumulate):
+        raise ValueError(
+            f"train.batch_size {settings.batch_size} does not divide among {processes} processes x {settings.accumulate} parts"
+        )
+
+
 def check_same_experiment(stored: str, wanted: dict) -> None:
     """ValueError naming the first setting in which a run would be resumed differently from how it began.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clipdit.files import clear_leftovers
-from clipdit.train.guard import Interrupt, Interval, alone_in, check_same_experiment, check_sane
+from clipdit.train.guard import Interrupt, Interval, alone_in, check_plan, check_same_experiment, check_sane
 from clipdit.train.order import rank_slice
 from clipdit.train.processes import agreed, on_main, processes
 from clipdit.train.record import Record
@@ -147,18 +147,13 @@ def train(
     be resumed or another process trains into `out`, Diverged when the loss is no longer a sensible number, OSError when the disk
     takes no more; the last save stays whole in each case.
     """
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise ValueError(f"minutes is {minutes}; wanted a number above 0")
+    check_plan(settings, minutes, processes().num_processes)
     if resume:
         check_same_experiment(read_progress(out).experiment, experiment)
     device = cast(torch.device, processes().device)
     AcceleratorState._reset_state()  # else a second training in one process could not have another precision
     accelerator = Accelerator(mixed_precision=resolve_precision(settings.precision, device))
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
-    if settings.batch_size % (world * settings.accumulate):
-        raise ValueError(
-            f"train.batch_size {settings.batch_size} does not divide among {world} processes x {settings.accumulate} parts"
-        )
     optimizer = inner = make_optimizer(task, settings)
     task.module.to(device)
     trained = [(n, p) for n, p in task.module.named_parameters() if p.requires_grad]

@@ -32,7 +32,7 @@ from clipdit.presets import BUILT_IN, PRESETS
 from clipdit.train import card
 from clipdit.train.autoencoder import AutoencoderTask
 from clipdit.train.clip import ClipTask, read_captions
-from clipdit.train.guard import check_same_experiment
+from clipdit.train.guard import check_plan, check_same_experiment
 from clipdit.train.loop import train
 from clipdit.train.processes import from_main, main_first, processes
 from clipdit.train.record import read_history
@@ -50,11 +50,12 @@ def run(
 
     ValueError when there is nothing to train on, `out` is taken, or the run cannot be resumed so.
     """
+    check_plan(experiment.train, minutes, processes().num_processes)  # this and the folder now, not after minutes of caching
     plain = to_json(experiment, preset)
     found = from_main(lambda: _find(experiment, plain, data, out, resume))
     pairs, val = found.split("train"), found.split("val") or found.split("test") or found.split("train")
     names = hashlib.sha256("\n".join(pair.id for pair in pairs).encode()).hexdigest()
-    plain["data"] = {"layout": found.layout, "pairs": len(pairs), "names_sha256": names[:16]}
+    plain["data"] = {"layout": found.layout, "pairs": len(pairs), "pairs_sha256": names[:16]}
     size = (experiment.pairs.size, experiment.pairs.size)
     batch, seed = experiment.train.batch_size, experiment.train.seed
     match experiment:
@@ -64,7 +65,8 @@ def run(
             train_pixels, held = read_pixels(pairs, size), read_pixels(val[:6], size)
             kind, task = card.AUTOENCODER, AutoencoderTask(experiment.model, train_pixels, held, batch, seed)
         case ClipExperiment():
-            captions, held_captions = (read_captions(data, part) for part in (pairs, val))
+            folder = data if data.is_dir() else data.parent
+            captions, held_captions = (read_captions(folder, part) for part in (pairs, val))
             train_pixels, held = (read_pixels(part, size) for part in (pairs, val))
             kind = card.CLIP
             task = ClipTask(experiment.model, train_pixels, captions, held, held_captions, batch, seed)

@@ -28,6 +28,20 @@ def test_a_file_is_written_with_its_folders_and_readable_by_others(tmp_path: Pat
     assert names(tmp_path) == {"a/b.txt"}
 
 
+def test_a_file_that_a_library_made_private_is_opened_to_others(tmp_path: Path):
+    def private(path: Path) -> None:
+        path.touch(mode=0o600)
+
+    before = os.umask(0o027)
+    try:
+        replace_file(tmp_path / "file", private)
+        replace_folder_contents(tmp_path, lambda folder: ((folder / "b").mkdir(), private(folder / "b" / "file")), last="x")
+    finally:
+        assert os.umask(before) == 0o027
+    for file in (tmp_path / "file", tmp_path / "b" / "file"):
+        assert file.stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("error", [RuntimeError("ours"), OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_a_failure_half_way_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException):
     def write(temporary: Path) -> None:

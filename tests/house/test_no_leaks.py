@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-ADDRESSES = re.compile(r"pypi\.org|pythonhosted|registry\.npmjs|npmmirror|deb\.debian|/opt/|/work/|/root/|/home/\w|/Users/\w")
+ADDRESSES = re.compile(r"pypi\.org|pythonhosted|registry\.npmjs|npmmirror|deb\.debian|/(opt|work|root)/|/(home|Users)/\w")
 """Hosts of package registries (packages are named, never located) and absolute paths of somebody's machine."""
 
 PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npy", ".npz"}

@@ -1,6 +1,7 @@
 """What watches over a run: it stops when it should, says why in one line, and does not stop otherwise."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -11,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from clipdit.train import guard
-from clipdit.train.guard import Diverged, Interrupt, Interval, alone_in, check_same_experiment, check_sane, flat
+from clipdit.train.guard import Diverged, Interrupt, Interval, alone_in, check_plan, check_same_experiment, check_sane, flat
 from clipdit.train.loop import TrainSettings
 from clipdit.train.state import Progress
 
@@ -64,11 +65,21 @@ def test_a_changed_setting_is_named():
 
 
 def test_other_data_is_named_where_both_sides_tell_it():
-    began = {"seed": 0, "data": {"pairs": 12, "names_sha256": "ab"}}
+    began = {"seed": 0, "data": {"pairs": 12, "pairs_sha256": "ab"}}
     check_same_experiment(json.dumps(began), {"seed": 0})
     check_same_experiment('{"seed": 0}', began)
     with pytest.raises(ValueError, match=r"data.pairs = 12, now it is 11"):
-        check_same_experiment(json.dumps(began), {"seed": 0, "data": {"pairs": 11, "names_sha256": "ab"}})
+        check_same_experiment(json.dumps(began), {"seed": 0, "data": {"pairs": 11, "pairs_sha256": "ab"}})
+
+
+def test_a_plan_that_cannot_be_is_refused():
+    check_plan(TrainSettings(batch_size=12, accumulate=2), 0.5, processes=3)
+    check_plan(TrainSettings(), None, processes=1)
+    with pytest.raises(ValueError, match=r"train.batch_size 12 does not divide among 4 processes x 2 parts"):
+        check_plan(TrainSettings(batch_size=12, accumulate=2), None, processes=4)
+    for minutes in (0, -1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"minutes is .*; wanted a number above 0"):
+            check_plan(TrainSettings(), minutes, processes=1)
 
 
 def test_settings_are_named_by_their_path():

@@ -173,6 +173,18 @@ def test_a_signal_to_any_process_stops_all_at_the_same_step(tiny_words, start_ra
     load_checkpoint(tmp_path / "run")
 
 
+def test_a_run_goes_on_with_another_number_of_processes(whole_run, tiny_words, start_ranks, start_training, history, tmp_path):
+    ranks = start_ranks(2, tiny_words(tmp_path / "run"), before=SLOW_STEPS)
+    ranks[0].wait_for(lambda: (tmp_path / "run" / "history.jsonl").exists() and len(history(tmp_path / "run")) >= 5)
+    for rank in ranks:
+        rank.send(signal.SIGKILL)
+    assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2
+    resumed = start_training(tiny_words(tmp_path / "run", "--resume"))
+    assert resumed.wait() == 0, resumed.output
+    for one, other in zip(history(whole_run), history(tmp_path / "run"), strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_do_not_wait_for_one_that_failed(rank, tiny_words, start_ranks, tmp_path):
     failing = f"""

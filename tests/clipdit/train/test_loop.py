@@ -177,13 +177,6 @@ def test_minutes_end_a_run_with_a_save_and_a_sheet(tmp_path: Path):
     assert again.step == progress.step  # all minutes are spent
 
 
-@pytest.mark.parametrize("minutes", [0, -1, math.nan, math.inf])
-def test_minutes_that_are_none_are_refused(tmp_path: Path, minutes: float):
-    with pytest.raises(ValueError, match=r"minutes is .*; wanted a number above 0"):
-        train(Line(), settings(), tmp_path / "run", experiment={}, minutes=minutes)
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_finished_run_can_be_prolonged(tmp_path: Path):
     whole = run(tmp_path / "whole", schedule="constant")
     first = {"train": {"steps": 6}}
