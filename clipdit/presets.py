@@ -57,7 +57,7 @@ def edges2emoji() -> TranslationExperiment:
 
 
 def edges2shoes() -> TranslationExperiment:
-    """Edge maps to photographs of shoes (side-by-side files) at 128 px: about an hour on two CPU cores."""
+    """Edge maps to photographs of shoes (side-by-side files) at 128 px."""
     return replace(edges2emoji(), vae="madebyollin/taesd", clip="openai/clip-vit-base-patch32", pairs=PairSettings(size=128))
 
 
