@@ -113,6 +113,8 @@ class TranslationExperiment:
     """Default sampling steps of the checkpoint."""
     guidance: float = 1.0
     """Default guidance of the checkpoint; 1 is none."""
+    init: str | None = None
+    """A checkpoint whose DiT is trained on, instead of a fresh one; of the same model settings, VAE and CLIP."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_condition <= 1:

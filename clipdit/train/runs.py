@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+from transformers import CLIPVisionModelWithProjection
 
 from clipdit.backend import builtin_checkpoint
-from clipdit.data.cache import build_cache
+from clipdit.data.cache import build_cache, fingerprint
 from clipdit.data.layouts import Pair
 from clipdit.data.pairs import PairSet, find_pairs
 from clipdit.data.pixels import read_pixels
@@ -25,9 +26,10 @@ from clipdit.experiment import (
 )
 from clipdit.files import write_atomically
 from clipdit.losses import PerceptualLoss
-from clipdit.model.autoencoder import Autoencoder, load_vae
+from clipdit.model.autoencoder import VAE, Autoencoder, load_vae
 from clipdit.model.clip import ClipImageEncoder, load_clip
-from clipdit.pipeline import ClipDiTPipeline
+from clipdit.model.dit import DiT
+from clipdit.pipeline import ClipDiTPipeline, load_checkpoint
 from clipdit.presets import BUILT_IN, PRESETS
 from clipdit.train import card
 from clipdit.train.autoencoder import AutoencoderTask
@@ -146,6 +148,25 @@ def check_size(settings: PairSettings, downscale: int, patch: int) -> None:
         )
 
 
+def begin_from(checkpoint: str, dit: DiT, vae: VAE, encoder: CLIPVisionModelWithProjection | None) -> None:
+    """Fill `dit` with the weights of a checkpoint's.
+
+    ValueError unless the two are built alike and learnt to read the same VAE and CLIP: other latents mean nothing to it."""
+    given = load_checkpoint(checkpoint)
+    ours, theirs = ({k: v for k, v in m.config.items() if not k.startswith("_")} for m in (dit, given.transformer))
+    for name in ours | theirs:
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"the DiT of --init {checkpoint} has {name} {theirs.get(name)}, this run {ours.get(name)}; they must be the same"
+            )
+    for part, mine, its in (("vae", vae, given.vae), ("clip", encoder, given.image_encoder)):
+        if fingerprint(mine) != fingerprint(its):
+            raise ValueError(
+                f"the DiT of --init {checkpoint} was trained with another {part.upper()}; give --{part} {checkpoint}, too"
+            )
+    dit.load_state_dict(given.transformer.state_dict())
+
+
 def translation_task(experiment: TranslationExperiment, pairs: Sequence[Pair], val: Sequence[Pair], out: Path) -> TranslationTask:
     """Load the VAE and CLIP, make the DiT, and fill the cache or find it filled. `val` is for sample sheets.
 
@@ -166,6 +187,8 @@ def translation_task(experiment: TranslationExperiment, pairs: Sequence[Pair], v
         clip_token_width=clip.token_width if clip is not None and reads_clip else 1,
         clip_embedding_width=clip.embedding_width if clip is not None and reads_clip else 1,
     )
+    if experiment.init is not None:
+        begin_from(locate(experiment.init), dit, vae, encoder if reads_clip else None)
     if settings.gradient_checkpointing:
         dit.enable_gradient_checkpointing()
 

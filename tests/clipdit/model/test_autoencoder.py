@@ -101,6 +101,17 @@ def test_a_vae_in_half_precision_takes_and_gives_its_own_dtype(image):
     assert wrapper.std.dtype == torch.float32 and not wrapper.state_dict().keys() - {f"vae.{n}" for n in wrapper.vae.state_dict()}
 
 
+@pytest.mark.parametrize("kind", MAKE)
+def test_an_image_does_not_depend_on_its_batch(kind: str):
+    wrapper = Autoencoder(MAKE[kind]().eval())
+    image = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        latent = wrapper.encode(image)
+        assert torch.equal(wrapper.encode(image[1:2]), latent[1:2])
+        assert torch.equal(wrapper.decode(latent[1:2]), wrapper.decode(latent)[1:2])
+        torch.testing.assert_close(wrapper.decode(latent), wrapper._decode(latent), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("mean", "std", "message"),
     [

@@ -288,6 +288,34 @@ def test_what_does_not_fit_together_is_refused_before_the_cache_is_made(tiny_exp
     assert "needs its trunk weights" in refuse(tmp_path / "run", lpips, pairs_folder)
 
 
+def test_a_run_can_begin_with_the_weights_of_another(trained: Path, tiny_experiment, pairs_folder: Path, tmp_path: Path):
+    still = {"steps": 1, "lr": 1e-12, "warmup_steps": 0}
+    run(tiny_experiment(train=still, init=str(trained)), "edges2emoji", pairs_folder, tmp_path / "run")
+    run(tiny_experiment(train=still), "edges2emoji", pairs_folder, tmp_path / "fresh")
+    old, new, fresh = (load_checkpoint(at).transformer.state_dict() for at in (trained, tmp_path / "run", tmp_path / "fresh"))
+    for name, weight in old.items():
+        torch.testing.assert_close(new[name], weight, rtol=0, atol=1e-9)
+    assert any(not torch.allclose(fresh[name], weight) for name, weight in old.items())
+    assert json.loads((tmp_path / "run" / "experiment.json").read_text())["init"] == str(trained)
+
+
+def test_beginning_with_weights_that_learnt_something_else_is_refused(trained: Path, tiny_experiment, pairs_folder, tmp_path):
+    wider = tiny_experiment(model={"width": 64}, init=str(trained))
+    assert refuse(tmp_path / "run", wider, pairs_folder) == (
+        f"the DiT of --init {trained} has width 32, this run 64; they must be the same"
+    )
+    pipeline = load_checkpoint(trained)
+    for part, network in (("vae", pipeline.vae), ("clip", pipeline.image_encoder)):
+        other = shutil.copytree(trained, tmp_path / part)
+        with torch.no_grad():
+            next(network.parameters()).mul_(1.5)
+        network.save_pretrained(other / {"vae": "vae", "clip": "image_encoder"}[part])
+        assert refuse(tmp_path / "run", tiny_experiment(init=str(other)), pairs_folder) == (
+            f"the DiT of --init {other} was trained with another {part.upper()}; give --{part} {other}, too"
+        )
+    assert "model_index.json" in refuse(tmp_path / "run", tiny_experiment(init=str(tmp_path / "vae" / "vae")), pairs_folder)
+
+
 def test_two_runs_share_a_cache(tiny_experiment, pairs_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     experiment = tiny_experiment(train=ONE_STEP)
     experiment = replace(experiment, pairs=replace(experiment.pairs, cache=tmp_path / "shared"))
