@@ -204,7 +204,7 @@ class ClipTask:
     def draw(self, step: int) -> Batch:
         generator = step_generator(self.seed, step)
         indices = batch_indices(len(self.pixels), self.batch, step, self.seed)
-        words = random.Random(step)  # a caption is the name and some of the keywords, in any order
+        words = random.Random((self.seed << 32) + step)  # a caption is the name and some of the keywords, in any order
         captions = []
         for i in indices:
             name, *keywords = self.captions[i]
