@@ -50,7 +50,7 @@ def edges2emoji() -> TranslationExperiment:
         model=ModelSettings(
             width=256, depth=8, heads=4, cross_attention_every=4, mlp_ratio=3.0, qk_norm=False, positions="sincos"
         ),
-        train=TrainSettings(steps=12_000, batch_size=64, lr=1e-3, ema_decay=0.999),
+        train=TrainSettings(steps=15_000, batch_size=64, lr=1e-3, ema_decay=0.999),
         steps=20,
         guidance=1.5,
     )
@@ -58,7 +58,10 @@ def edges2emoji() -> TranslationExperiment:
 
 def edges2shoes() -> TranslationExperiment:
     """Edge maps to photographs of shoes (side-by-side files) at 128 px."""
-    return replace(edges2emoji(), vae="madebyollin/taesd", clip="openai/clip-vit-base-patch32", pairs=PairSettings(size=128))
+    # augmentation for a thousand pairs; with tens of thousands, 2 views (the pair and its mirror image) do, and cache faster
+    augment = Augment(views=4, max_rotation_degrees=4, max_zoom=0.08, max_shift=0.03)
+    pairs = PairSettings(size=128, augment=augment)
+    return replace(edges2emoji(), vae="madebyollin/taesd", clip="openai/clip-vit-base-patch32", pairs=pairs)
 
 
 def face2comics() -> TranslationExperiment:
