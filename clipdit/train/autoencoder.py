@@ -38,6 +38,11 @@ class AutoencoderSettings:
     """Factor of the perceptual loss beside L1."""
     kl_weight: float = 1e-4
     """Factor of the KL divergence to a unit Gaussian, summed over a latent cell's channels, mean over cells."""
+    latent_noise: float = 0.0
+    """Noise added to a latent before it is decoded: up to this share of its channels' standard deviation, another share for each
+    image. What a DiT predicts is never quite a latent; a decoder that saw clean ones alone makes patches and smears of that."""
+    recolour: float = 0.0
+    """Share of the crops whose colours are exchanged (red for green ...) and which are turned by quarters: few images, many to see."""
 
     @property
     def downscale(self) -> int:
@@ -50,9 +55,11 @@ class AutoencoderSettings:
         for name in ("latent_channels", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; wanted at least 1")
-        for name in ("crop", "perceptual_weight", "kl_weight"):
+        for name in ("crop", "perceptual_weight", "kl_weight", "latent_noise"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; wanted 0 or more")
+        if not 0 <= self.recolour <= 1:
+            raise ValueError(f"model.recolour is {self.recolour}; wanted a share in [0, 1]")
         if self.crop % self.downscale:
             raise ValueError(f"model.crop is {self.crop}; wanted a multiple of {self.downscale}, the pixels of a latent cell")
 
@@ -90,7 +97,11 @@ class AutoencoderModule(nn.Module):
         moments = self.vae.encoder(image).float()
         mean, log_variance = moments.chunk(2, dim=1)
         log_variance = log_variance.clamp(-20, 10)
-        latent = mean + (0.5 * log_variance).exp() * batch["noise"]
+        variance = log_variance.exp()
+        if "strength" in batch:  # relative to the latents' own spread: else the encoder would drown the noise by larger latents
+            spread = mean.detach().std((0, 2, 3), keepdim=True)
+            variance = variance + (batch["strength"].reshape(-1, 1, 1, 1) * spread).square()
+        latent = mean + variance.sqrt() * batch["noise"]
         output = self.vae.decoder(latent).float()
         losses = {
             "l1": (output - image).abs().mean((1, 2, 3)),
@@ -131,10 +142,17 @@ class AutoencoderTask:
                 int(torch.randint(n, (), generator=generator)) for n in (height - side_h + 1, width - side_w + 1, 2)
             )
             crop = self.images[i, :, top : top + side_h, left : left + side_w]
-            crops.append(crop.flip(-1) if flip else crop)
+            crop = crop.flip(-1) if flip else crop
+            if self.settings.recolour and torch.rand((), generator=generator) < self.settings.recolour:
+                turns = int(torch.randint(4 if side_h == side_w else 1, (), generator=generator))
+                crop = crop[torch.randperm(3, generator=generator)].rot90(turns, (-2, -1))
+            crops.append(crop)
         cells = self.settings.downscale
         shape = (self.batch, self.settings.latent_channels, side_h // cells, side_w // cells)
-        return {"image": torch.stack(crops), "noise": torch.randn(shape, generator=generator)}
+        batch = {"image": torch.stack(crops), "noise": torch.randn(shape, generator=generator)}
+        if self.settings.latent_noise:
+            batch["strength"] = self.settings.latent_noise * torch.rand(self.batch, generator=generator)
+        return batch
 
     def save(self, folder: Path) -> None:
         target = folder / "vae"

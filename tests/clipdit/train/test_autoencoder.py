@@ -1,5 +1,6 @@
 """Training of the VAE: its crops, its losses, and a folder that diffusers opens."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,39 @@ def test_a_batch_holds_crops_of_both_sides_and_is_a_function_of_the_step():
 def test_whole_images_are_drawn_where_no_crop_is_asked_for():
     task = make_task(AutoencoderSettings(latent_channels=4, channels=(8, 8), crop=0, perceptual=None))
     assert task.draw(0)["image"].shape == (4, 3, 24, 24)
+
+
+def test_recoloured_crops_are_the_same_fields_in_exchanged_colours_and_turned():
+    task = make_task(replace(TINY, recolour=0.5), batch=12)
+    batch, again = task.draw(3), make_task(replace(TINY, recolour=0.5), batch=12).draw(3)
+    assert torch.equal(batch["image"], again["image"])
+    originals = {tuple(sorted(colour)) for image in fields(6).flatten(0, 1) for colour in image.flatten(1).T.tolist()}
+    seen = [{tuple(colour) for colour in crop.flatten(1).T.tolist()} for crop in batch["image"]]
+    assert all(tuple(sorted(colour)) in originals for colours in seen for colour in colours)
+    known = {tuple(colour) for image in fields(6).flatten(0, 1) for colour in image.flatten(1).T.tolist()}
+    exchanged = sum(not colours <= known for colours in seen)
+    assert 2 <= exchanged <= 10  # a half, less those whose order stayed by chance
+
+
+def test_noise_on_latents_is_relative_to_their_spread():
+    task = make_task(replace(TINY, latent_noise=0.5), batch=12)
+    batch = task.draw(0)
+    assert batch["strength"].shape == (12,) and batch["strength"].min() >= 0 and batch["strength"].max() <= 0.5
+    assert batch["strength"].std() > 0.05
+    seen = []
+    task.vae.decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    with torch.no_grad():
+        batch["strength"] = torch.full((12,), 0.5)
+        for part in (
+            batch,
+            {name: tensor for name, tensor in batch.items() if name != "strength"},
+            batch | {"noise": 0 * batch["noise"]},
+        ):
+            task.module(part)
+    noisy, plain, mean = seen
+    spread = mean.std((0, 2, 3))
+    added = ((noisy - mean).square() - (plain - mean).square()).mean((0, 2, 3)).sqrt()
+    torch.testing.assert_close(added, 0.5 * spread, rtol=0.15, atol=0)  # 12 x 64 draws of noise a channel
 
 
 def test_losses_are_what_they_are_called():
@@ -106,7 +140,8 @@ def test_it_learns_and_diffusers_opens_what_it_saved(tmp_path: Path):
     with torch.no_grad():
         latent = autoencoder.encode(image)
         assert latent.shape == (2, 4, 12, 12)
-        assert torch.equal(latent, vae.encode(image).latent_dist.mode())
+        # one image at a time, channels last: another order of summation
+        torch.testing.assert_close(latent, vae.encode(image).latent_dist.mode(), rtol=1e-4, atol=1e-5)
         errors = [(autoencoder.decode(z) - image).abs().mean() for z in (latent, torch.zeros_like(latent))]
     assert errors[0] < errors[1]  # the latent says something of the image
 
@@ -137,6 +172,8 @@ def test_a_fresh_vae_has_the_shape_that_was_asked_for():
         ({"crop": 20}, r"model.crop is 20; wanted a multiple of 8, the pixels of a latent cell"),
         ({"kl_weight": -1.0}, r"model.kl_weight is -1.0"),
         ({"perceptual_weight": -1.0}, r"model.perceptual_weight is -1.0"),
+        ({"latent_noise": -0.1}, r"model.latent_noise is -0.1; wanted 0 or more"),
+        ({"recolour": 1.1}, r"model.recolour is 1.1; wanted a share in \[0, 1\]"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(change: dict, reason: str):
