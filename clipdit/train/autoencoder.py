@@ -42,7 +42,7 @@ class AutoencoderSettings:
     """Noise added to a latent before it is decoded: up to this share of its channels' standard deviation, another share for each
     image. What a DiT predicts is never quite a latent; a decoder that saw clean ones alone makes patches and smears of that."""
     recolour: float = 0.0
-    """Share of the crops whose colours are exchanged (red for green ...) and which are turned by quarters: few images, many to see."""
+    """Share of the crops with red, green and blue exchanged and turned by quarters: few images, many to learn from."""
 
     @property
     def downscale(self) -> int:
