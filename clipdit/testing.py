@@ -86,6 +86,8 @@ def tiny_pipeline(
         for parameter in dit.parameters():
             if not parameter.any():  # zero at the start of training: such a network would ignore its condition
                 nn.init.normal_(parameter, std=0.1)
+        for network in (dit, vae, clip):
+            network.eval()  # as one that was loaded
         return ClipDiTPipeline(
             dit,
             vae,
