@@ -140,7 +140,7 @@ def fine_files(rgb: Image.Image) -> dict[str, bytes]:
 def broken_files(rgb: Image.Image) -> dict[str, tuple[bytes, str]]:
     noise = random.Random(0).randbytes
     large = picture(256, 256)
-    cut: Callable[[bytes], bytes] = lambda data: data[: len(data) // 2]  # noqa: E731
+    cut: Callable[[bytes], bytes] = lambda data: data[: len(data) // 2]  # noqa: E731  (a field, whose default is a function)
     damaged = bytearray(save(large, "PNG"))
     damaged[len(damaged) // 2 :] = noise(len(damaged) - len(damaged) // 2)
     grey = np.asarray(rgb.convert("L"), np.float32)

@@ -234,7 +234,7 @@ def test_a_render_that_is_not_square_is_not_distorted():
 
 
 def test_emoji2flat_pairs_the_render_with_the_drawing(packages, archives, tmp_path):
-    pytest.importorskip("resvg_py")
+    pytest.importorskip("resvg_py", reason="draws SVG; in the extra `data`")
     build(tmp_path / "set", task="emoji2flat", size=64, archives=archives, packages=packages)
     (row,) = rows_of(tmp_path / "set")  # only one emoji has a flat drawing
     target = np.asarray(Image.open(tmp_path / "set" / row["split"] / "target" / f"{row['id']}.png"))

@@ -24,7 +24,7 @@ class CountingTask:
     """Draws after 10 ms, and trains nothing."""
 
     module = torch.nn.Linear(1, 1)
-    weights = {"loss": 1.0}  # noqa: RUF012
+    weights = {"loss": 1.0}  # noqa: RUF012  (nobody changes it)
 
     def __init__(self) -> None:
         self.drawn: list[int] = []

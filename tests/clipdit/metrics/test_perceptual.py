@@ -104,7 +104,7 @@ def trunk() -> dict[str, torch.Tensor]:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the package calls torchvision in an old-fashioned way
 def test_lpips_agrees_with_its_package_on_any_trunk(tmp_path, trunk, monkeypatch):
-    lpips = pytest.importorskip("lpips")
+    lpips = pytest.importorskip("lpips", reason="in the extra `metrics`")
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda x, **_: x)
     monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda x, **_: x)  # 61 million numbers that nobody needs
     reference = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)

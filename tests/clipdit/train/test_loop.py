@@ -38,7 +38,7 @@ class LineModule(nn.Module):
 class Line:
     """Fits y = A x from noise. A task of the smallest kind."""
 
-    weights = {"square": 1.0, "gated": 0.5}  # noqa: RUF012
+    weights = {"square": 1.0, "gated": 0.5}  # noqa: RUF012  (nobody changes it)
 
     def __init__(self, size: int = 8, spoil: Callable[[int, Tensor], Tensor] = lambda step, y: y) -> None:
         self.module, self.size, self.spoil = LineModule(), size, spoil
