@@ -16,7 +16,7 @@ from clipdit.diffusion import DDPM
 from clipdit.files import write_atomically
 from clipdit.flow import FlowMatching
 from clipdit.model.dit import SIZES, Conditioning, DiT, Norm, Positions
-from clipdit.train.autoencoder import AutoencoderSettings
+from clipdit.train.autoencoder import AutoencoderSettings, DecoderSettings
 from clipdit.train.clip import ClipSettings
 from clipdit.train.loop import TrainSettings
 from clipdit.train.translation import LossSettings
@@ -145,6 +145,17 @@ class AutoencoderExperiment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecoderExperiment:
+    """Targets of pairs -> a VAE with a better decoder and the same latents (`vae/` in the run folder)."""
+
+    vae: str
+    """The VAE to begin with: a folder, a checkpoint to take it from, or a hub id."""
+    pairs: PairSettings = field(default_factory=PairSettings)
+    model: DecoderSettings = field(default_factory=DecoderSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClipExperiment:
     """Images of pairs and their names -> a CLIP (`clip/` in the run folder)."""
 
@@ -153,7 +164,7 @@ class ClipExperiment:
     train: TrainSettings = field(default_factory=TrainSettings)
 
 
-Experiment = TranslationExperiment | AutoencoderExperiment | ClipExperiment
+Experiment = TranslationExperiment | AutoencoderExperiment | DecoderExperiment | ClipExperiment
 
 
 def to_json(experiment: Experiment, preset: str) -> dict:

@@ -171,7 +171,7 @@ def _load(folder: Path, dtype: torch.dtype, given: dict[str, Any]) -> ClipDiTPip
 
 CLASSES = {
     "transformer": {("clipdit.model.dit", "DiT")},
-    "vae": {(kind.__module__ if name == "Taef2" else "diffusers", name) for name, kind in KINDS.items()},
+    "vae": {(kind.__module__ if kind.__module__.startswith("clipdit") else "diffusers", name) for name, kind in KINDS.items()},
     "image_encoder": {("transformers", "CLIPVisionModelWithProjection")},
 }
 """By part, what `model_index.json` may name: (library, class). Nothing else is imported because a file asks for it."""

@@ -26,7 +26,7 @@ from clipdit.data.augment import Augment, view
 from clipdit.data.layouts import Pair
 from clipdit.files import naming
 from clipdit.images import to_float
-from clipdit.model.autoencoder import Autoencoder
+from clipdit.model.autoencoder import Autoencoder, is_of_decoder
 from clipdit.model.clip import ClipImageEncoder
 from clipdit.train.task import Batch
 
@@ -76,8 +76,9 @@ class LatentCache:
         return sum(part.nbytes for part in self._parts.values())
 
 
-def fingerprint(module: torch.nn.Module | None) -> str:
-    """A hash of a network: its configuration, as far as it says what is computed, and its weights."""
+def fingerprint(module: torch.nn.Module | None, leaving_out: Callable[[str], bool] = lambda name: False) -> str:
+    """A hash of a network: its configuration, as far as it says what is computed, and its weights, without those that are to be
+    left out by name."""
     digest = hashlib.sha256()
     if module is None:
         return digest.hexdigest()
@@ -86,6 +87,8 @@ def fingerprint(module: torch.nn.Module | None) -> str:
     told = {k: v for k, v in plain.items() if not k.startswith("_") and k not in ("transformers_version", "dtype", "torch_dtype")}
     digest.update(json.dumps(told, sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):
+        if leaving_out(name):
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -114,7 +117,7 @@ def build_cache(
     key = {
         "format": FORMAT,
         "files": [[p.id, str(p.source_half), *_stamp(p.source), *_stamp(p.target)] for p in pairs],
-        "vae": fingerprint(autoencoder.vae),
+        "vae": fingerprint(autoencoder.vae, leaving_out=is_of_decoder),
         "clip": fingerprint(clip.model if clip else None),
         "size": size,
         "augment": asdict(settings),

@@ -1,4 +1,5 @@
-"""The autoencoder between pixels and latents: diffusers' AutoencoderKL or AutoencoderTiny, by folder or hub id, or our Taef2.
+"""The autoencoder between pixels and latents: diffusers' AutoencoderKL or AutoencoderTiny, by folder or hub id, Taef2, or
+our own PatchAutoencoder.
 
 `Autoencoder` hides what differs among them (sampling or not, [0, 1] or [-1, 1], scale): latents come out standardised by channel,
 about unit variance, with the mean and standard deviation measured on the training targets.
@@ -15,11 +16,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import Tensor, nn
 
+from clipdit.model.patch_autoencoder import PatchAutoencoder
 from clipdit.model.taef2 import Taef2
 from clipdit.model.weights import hub_errors, load_diffusers, read_json
 from clipdit.shapes import Image, Latent
 
-VAE = AutoencoderKL | AutoencoderTiny | Taef2
+VAE = AutoencoderKL | AutoencoderTiny | Taef2 | PatchAutoencoder
 
 
 class Autoencoder(nn.Module):
@@ -57,16 +59,20 @@ class Autoencoder(nn.Module):
     def downscale(self) -> int:
         """Pixels per latent cell along one side."""
         config = self.vae.config
+        if isinstance(self.vae, PatchAutoencoder):
+            return int(config["patch"])
         levels = len(config.get("block_out_channels") or config["encoder_block_out_channels"])
         return 2 ** (levels - 1)
 
-    def encode(self, image: Image) -> Latent:
-        """[-1, 1] pixels -> standardised latents; the mean of the distribution, no noise."""
-        return _in_parts(self._encode, image)
+    def encode(self, image: Image, *, at_once: bool = False) -> Latent:
+        """[-1, 1] pixels -> standardised latents; the mean of the distribution, no noise.
 
-    def decode(self, latent: Latent) -> Image:
-        """Standardised latents -> pixels, about [-1, 1]; not clipped."""
-        return _in_parts(self._decode, latent)
+        `at_once`: on a CPU, too, the batch as a whole, as training wants it."""
+        return self._encode(image) if at_once else _in_parts(self._encode, image)
+
+    def decode(self, latent: Latent, *, at_once: bool = False) -> Image:
+        """Standardised latents -> pixels, about [-1, 1]; not clipped. `at_once` as in `encode`."""
+        return self._decode(latent) if at_once else _in_parts(self._decode, latent)
 
     def _encode(self, image: Image) -> Latent:
         image = image.to(self.vae.dtype)
@@ -98,7 +104,12 @@ def _in_parts(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     return torch.cat(parts).contiguous() if parts else function(batch)
 
 
-KINDS: dict[str, type[VAE]] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny, "Taef2": Taef2}
+def is_of_decoder(name: str) -> bool:
+    """Whether a parameter of a VAE, by name, acts in decoding. The others make the latents."""
+    return name.startswith(("decoder.", "post_quant_conv."))
+
+
+KINDS: dict[str, type[VAE]] = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, Taef2, PatchAutoencoder)}
 
 
 def load_vae(where: str | Path) -> VAE:

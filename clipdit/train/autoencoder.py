@@ -1,169 +1,210 @@
-"""Trains the small VAE of a checkpoint: both sides of the pairs in, the same out.
+"""Trains a VAE on images of pairs: a fresh one from nothing, or the decoder of one that is there.
 
-Loss (Esser et al. 2021, without the adversary): L1, a perceptual distance, and a faint KL term that keeps latents bounded. Both
-sides, because the source's latent is what the DiT is told of the source.
+Loss (Esser et al. 2021, without the adversary): L1 and a perceptual distance. There is no KL term: noise on the latents, relative
+to their spread, keeps them from hiding what matters in small differences. What a DiT predicts is never quite a latent; a decoder
+that saw clean ones alone makes patches and smears of that. A fresh VAE is also asked for images of half the size from latents of
+half the size (Skorokhodov et al. 2025, arXiv 2502.14831): neighbouring latents then resemble one another, as a DiT learns best.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+import torch.nn.functional as F
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from clipdit.files import write_atomically
 from clipdit.images import to_float, to_u8, write_image
 from clipdit.losses import PerceptualKind, PerceptualLoss
+from clipdit.model.autoencoder import VAE, Autoencoder, is_of_decoder
+from clipdit.model.patch_autoencoder import PatchAutoencoder
 from clipdit.sheets import contact_sheet
-from clipdit.train.order import batch_indices, step_generator
+from clipdit.train.crops import draw_crops
+from clipdit.train.order import step_generator
 from clipdit.train.state import save_tensors
 from clipdit.train.task import Batch, Losses
 
+EVERY = 4
+"""One crop in so many goes before the perceptual network, which costs more than a small VAE, and is decoded at half size, too.
+Several processes are as one where each has a multiple of this many crops."""
+
+TRANSFORMED = 512
+"""Images, at most, from which the linear transform of a fresh VAE is made."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderSettings:
-    """The network and its losses."""
+class DecoderSettings:
+    """What a decoder is taught with."""
 
-    latent_channels: int = 16
-    channels: tuple[int, ...] = (32, 64, 96, 96)
-    """Width at each resolution, from full to lowest; one level fewer halvings. Multiples of 8."""
-    layers: int = 1
-    """Residual blocks a level in the encoder; the decoder has one more."""
     crop: int = 96
     """Side of the training crops, pixels; 0 trains on whole images."""
-    perceptual: PerceptualKind | None = "efficientnet-lite0"
+    source_share: float = 0.0
+    """Share of sources among the crops; the others are targets, which the decoder has to make."""
+    perceptual: PerceptualKind | None = "st-lpips"
     """Network of the perceptual loss."""
-    perceptual_weight: float = 0.1
+    perceptual_weight: float = 0.5
     """Factor of the perceptual loss beside L1."""
-    kl_weight: float = 1e-4
-    """Factor of the KL divergence to a unit Gaussian, summed over a latent cell's channels, mean over cells."""
-    latent_noise: float = 0.0
+    latent_noise: float = 0.2
     """Noise added to a latent before it is decoded: up to this share of its channels' standard deviation, another share for each
-    image. What a DiT predicts is never quite a latent; a decoder that saw clean ones alone makes patches and smears of that."""
-    recolour: float = 0.0
+    image."""
+    recolour: float = 0.15
     """Share of the crops with red, green and blue exchanged and turned by quarters: few images, many to learn from."""
+    half_size_weight: float = 0.0
+    """Factor of L1 between the image at half its size and what is decoded from the latent averaged to half its size."""
+
+    def __post_init__(self) -> None:
+        for name in ("crop", "perceptual_weight", "latent_noise", "half_size_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; wanted 0 or more")
+        for name in ("source_share", "recolour"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; wanted a share in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSettings(DecoderSettings):
+    """The network and what it is taught with."""
+
+    source_share: float = 0.25
+    """Share of sources among the crops, whose latents tell the DiT of the source; the others are targets."""
+    half_size_weight: float = 0.25
+    """Factor of L1 between the image at half its size and what is decoded from the latent averaged to half its size."""
+    latent_channels: int = 32
+    channels: tuple[int, ...] = (64, 128, 128)
+    """Width at 1/2, 1/4 ... of the size; the last is that of the latents. Multiples of 4."""
+    encoder_layers: tuple[int, ...] = (1, 1, 1)
+    """Residual blocks there, in the encoder."""
+    decoder_layers: tuple[int, ...] = (1, 2, 2)
+    """And in the decoder."""
 
     @property
     def downscale(self) -> int:
         """Pixels per latent cell along one side."""
-        return 2 ** (len(self.channels) - 1)
+        return 2 ** len(self.channels)
 
     def __post_init__(self) -> None:
-        if not self.channels or min(self.channels) < 8 or any(width % 8 for width in self.channels):
-            raise ValueError(f"model.channels are {self.channels}; wanted multiples of 8, one for each resolution")
-        for name in ("latent_channels", "layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; wanted at least 1")
-        for name in ("crop", "perceptual_weight", "kl_weight", "latent_noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; wanted 0 or more")
-        if not 0 <= self.recolour <= 1:
-            raise ValueError(f"model.recolour is {self.recolour}; wanted a share in [0, 1]")
-        if self.crop % self.downscale:
-            raise ValueError(f"model.crop is {self.crop}; wanted a multiple of {self.downscale}, the pixels of a latent cell")
+        super().__post_init__()
+        if self.latent_channels < 1:
+            raise ValueError(f"model.latent_channels is {self.latent_channels}; wanted at least 1")
+        try:
+            with torch.device("meta"):
+                self.make()
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from error
 
-    def make(self, size: int) -> AutoencoderKL:
-        """A fresh autoencoder for images of about `size` pixels."""
-        levels = len(self.channels)
-        return AutoencoderKL(  # diffusers types tuples of any length as tuples of one
-            down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
-            up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
-            block_out_channels=self.channels,  # pyright: ignore[reportArgumentType]
-            layers_per_block=self.layers,
+    def make(self) -> PatchAutoencoder:
+        """A fresh autoencoder."""
+        return PatchAutoencoder(
             latent_channels=self.latent_channels,
-            norm_num_groups=8,
-            mid_block_add_attention=False,  # one head as wide as the level: no fused kernel takes it
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            scaling_factor=1.0,  # latents are standardised by channel instead, see clipdit.model.autoencoder
-            force_upcast=False,
-            sample_size=size,
+            patch=self.downscale,
+            channels=self.channels,
+            encoder_layers=self.encoder_layers,
+            decoder_layers=self.decoder_layers,
         )
 
 
 class AutoencoderModule(nn.Module):
     """The VAE with its losses."""
 
-    def __init__(self, vae: AutoencoderKL, settings: AutoencoderSettings):
+    def __init__(self, vae: VAE, settings: DecoderSettings, *, decoder_only: bool):
         super().__init__()
-        self.vae = vae
+        self.autoencoder = Autoencoder(vae)
+        self.decoder_only, self.halves = decoder_only, settings.half_size_weight > 0
+        for name, parameter in vae.named_parameters():
+            parameter.requires_grad_(is_of_decoder(name) or not decoder_only)
         self.perceptual = PerceptualLoss(settings.perceptual) if settings.perceptual else None
         if self.perceptual is not None:
             self.perceptual.requires_grad_(False)
 
     def forward(self, batch: Batch) -> Losses:
         image = to_float(batch["image"]).to(memory_format=torch.channels_last)
-        moments = self.vae.encoder(image).float()
-        mean, log_variance = moments.chunk(2, dim=1)
-        log_variance = log_variance.clamp(-20, 10)
-        variance = log_variance.exp()
-        if "strength" in batch:  # relative to the latents' own spread: else the encoder would drown the noise by larger latents
-            spread = mean.detach().std((0, 2, 3), keepdim=True)
-            variance = variance + (batch["strength"].reshape(-1, 1, 1, 1) * spread).square()
-        latent = mean + variance.sqrt() * batch["noise"]
-        output = self.vae.decoder(latent).float()
-        losses = {
-            "l1": (output - image).abs().mean((1, 2, 3)),
-            "kl": 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean((1, 2)),
-            "mse": (output - image).square().mean((1, 2, 3)),
-        }
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
+            latent = self.autoencoder.encode(image, at_once=True).float()
+        # relative to the latents' own spread: else the encoder would drown the noise by larger latents
+        spread = latent.detach().std((0, 2, 3), keepdim=True)
+        given = latent + batch["strength"].reshape(-1, 1, 1, 1) * spread * batch["noise"]
+        output = self.autoencoder.decode(given, at_once=True).float()
+        losses = {"l1": (output - image).abs().mean((1, 2, 3)), "mse": (output - image).square().mean((1, 2, 3))}
+        some, judged = image[::EVERY], {}
+        if self.halves:
+            half = self.autoencoder.decode(F.avg_pool2d(latent[::EVERY], 2), at_once=True).float()
+            judged["half_size"] = (half - F.avg_pool2d(some, 2)).abs().mean((1, 2, 3))
         if self.perceptual is not None:
-            losses["perceptual"] = self.perceptual(output, image)
+            judged["perceptual"] = self.perceptual(output[::EVERY], some)
+        for name, values in judged.items():
+            losses[name] = values.new_zeros(len(image))
+            losses[name][::EVERY] = values * (len(image) / len(values))  # they speak for all of the batch
         return losses
 
 
 class AutoencoderTask:
-    """See clipdit.train.task.Task."""
+    """See clipdit.train.task.Task. Trains `vae` in place; None makes a fresh one, of which the encoder is trained, too.
+
+    ValueError when the crops do not divide into latent cells."""
 
     def __init__(
         self,
-        settings: AutoencoderSettings,
+        settings: DecoderSettings,
         train: UInt8[Tensor, "n 2 3 H W"],
         val: UInt8[Tensor, "m 2 3 H W"],
         batch: int,
         seed: int,
+        vae: VAE | None = None,
     ):
         torch.manual_seed(seed)
         self.settings, self.batch, self.seed = settings, batch, seed
-        self.images, self.examples = train.flatten(0, 1), val[:6].flatten(0, 1)
-        self.vae = settings.make(train.shape[-1])
+        self.sides, self.examples = train.unbind(1), val[:12].flatten(0, 1)[-12:]
+        self.vae = _fresh(settings, train) if vae is None else vae
         nn.Module.to(self.vae, memory_format=torch.channels_last)
-        self.module = AutoencoderModule(self.vae, settings)
-        self.weights = {"l1": 1.0, "perceptual": settings.perceptual_weight, "kl": settings.kl_weight}
+        self.module = AutoencoderModule(self.vae, settings, decoder_only=vae is not None)
+        self.weights = {"l1": 1.0, "perceptual": settings.perceptual_weight, "half_size": settings.half_size_weight}
+        edges = [min(settings.crop or edge, edge) for edge in train.shape[-2:]]
+        cells = self.module.autoencoder.downscale
+        grid = cells * (2 if settings.half_size_weight else 1)
+        if any(edge % grid for edge in edges):
+            sizes = f"model.crop is {settings.crop}, pairs.size {train.shape[-1]}"
+            raise ValueError(
+                f"{sizes}; wanted multiples of {grid}, the pixels of {'two latent cells' if grid > cells else 'a latent cell'}"
+            )
+        self.latent_shape = (self.module.autoencoder.latent_channels, edges[0] // cells, edges[1] // cells)
+        self.at_first = self._reconstructions()
 
     def draw(self, step: int) -> Batch:
-        generator = step_generator(self.seed, step)
-        height, width = self.images.shape[-2:]
-        side_h, side_w = (min(self.settings.crop or edge, edge) for edge in (height, width))
-        crops = []
-        for i in batch_indices(len(self.images), self.batch, step, self.seed):
-            top, left, flip = (
-                int(torch.randint(n, (), generator=generator)) for n in (height - side_h + 1, width - side_w + 1, 2)
-            )
-            crop = self.images[i, :, top : top + side_h, left : left + side_w]
-            crop = crop.flip(-1) if flip else crop
-            if self.settings.recolour and torch.rand((), generator=generator) < self.settings.recolour:
-                turns = int(torch.randint(4 if side_h == side_w else 1, (), generator=generator))
-                crop = crop[torch.randperm(3, generator=generator)].rot90(turns, (-2, -1))
-            crops.append(crop)
-        cells = self.settings.downscale
-        shape = (self.batch, self.settings.latent_channels, side_h // cells, side_w // cells)
-        batch = {"image": torch.stack(crops), "noise": torch.randn(shape, generator=generator)}
-        if self.settings.latent_noise:
-            batch["strength"] = self.settings.latent_noise * torch.rand(self.batch, generator=generator)
-        return batch
+        generator, settings = step_generator(self.seed, step), self.settings
+        sources = round(self.batch * settings.source_share)
+        crops = [
+            draw_crops(side, count, step, self.seed, side=settings.crop, recolour=settings.recolour, generator=generator)
+            for side, count in zip(self.sides, (sources, self.batch - sources), strict=True)
+            if count
+        ]
+        mixed = torch.randperm(self.batch, generator=generator)  # so that every process, and the perceptual network, has of both
+        return {
+            "image": torch.cat(crops)[mixed],
+            "noise": torch.randn((self.batch, *self.latent_shape), generator=generator),
+            "strength": settings.latent_noise * torch.rand(self.batch, generator=generator),
+        }
 
     def save(self, folder: Path) -> None:
-        target = folder / "vae"
-        if not (target / "config.json").exists():
-            write_atomically(target / "config.json", self.vae.to_json_string(), durable=True)
-        save_tensors(target / "diffusion_pytorch_model.safetensors", self.vae.state_dict())
+        if not (folder / "vae" / "config.json").exists():
+            write_atomically(folder / "vae" / "config.json", self.vae.to_json_string(), durable=True)
+        save_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", self.vae.state_dict())
+
+    def sheet(self, path: Path) -> None:
+        columns = {"image": self.examples, "VAE at the start": self.at_first, "VAE now": self._reconstructions()}
+        write_image(path, contact_sheet(columns, blocks=3))
 
     @torch.no_grad()
-    def sheet(self, path: Path) -> None:
-        image = to_float(self.examples)
-        device = next(self.vae.parameters()).device
-        output = self.vae(image.to(device), sample_posterior=False).sample.cpu()
-        columns = {"image": self.examples, "through the VAE": to_u8(output)}
-        write_image(path, contact_sheet(columns, blocks=4))
+    def _reconstructions(self) -> UInt8[Tensor, "m 3 H W"]:
+        """Of the examples, without noise."""
+        autoencoder = self.module.autoencoder
+        images = to_float(self.examples.to(self.vae.device))
+        return to_u8(autoencoder.decode(autoencoder.encode(images)).float()).cpu()
+
+
+def _fresh(settings: DecoderSettings, train: UInt8[Tensor, "n 2 3 H W"]) -> PatchAutoencoder:
+    """A VAE to begin with: the linear transform of the training targets."""
+    assert isinstance(settings, AutoencoderSettings), "only these tell of a network"
+    vae = settings.make()
+    vae.begin_with(to_float(train[:: -(-len(train) // TRANSFORMED), 1]))
+    return vae

@@ -46,9 +46,21 @@ AUTOENCODER = Kind(
     library="diffusers",
     task=None,
     tags=("autoencoder",),
-    use="""`vae/` is a diffusers AutoencoderKL. To train a translator on its latents:
+    use="""`vae/` is a VAE as diffusers saves it. To train a translator on its latents:
 
 ```sh
+clipdit train PRESET --vae {folder} --data PAIRS --out RUN
+```""",
+)
+DECODER = Kind(
+    library="diffusers",
+    task=None,
+    tags=("autoencoder",),
+    use="""`vae/` is the VAE that was given, its decoder fine-tuned on the targets of these pairs. Its latents are what they
+were, so it can take the place of `vae/` in any checkpoint that was trained with the old one:
+
+```sh
+cp {folder}/vae/* CHECKPOINT/vae/
 clipdit train PRESET --vae {folder} --data PAIRS --out RUN
 ```""",
 )

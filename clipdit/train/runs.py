@@ -18,6 +18,7 @@ from clipdit.data.pixels import read_pixels
 from clipdit.experiment import (
     AutoencoderExperiment,
     ClipExperiment,
+    DecoderExperiment,
     Experiment,
     PairSettings,
     TranslationExperiment,
@@ -26,7 +27,7 @@ from clipdit.experiment import (
 )
 from clipdit.files import write_atomically
 from clipdit.losses import PerceptualLoss
-from clipdit.model.autoencoder import VAE, Autoencoder, load_vae
+from clipdit.model.autoencoder import VAE, Autoencoder, is_of_decoder, load_vae
 from clipdit.model.clip import ClipImageEncoder, load_clip
 from clipdit.model.dit import DiT
 from clipdit.pipeline import ClipDiTPipeline, load_checkpoint
@@ -66,6 +67,10 @@ def run(
         case AutoencoderExperiment():
             train_pixels, held = read_pixels(pairs, size), read_pixels(val[:6], size)
             kind, task = card.AUTOENCODER, AutoencoderTask(experiment.model, train_pixels, held, batch, seed)
+        case DecoderExperiment():
+            vae = load_vae(locate(experiment.vae))
+            train_pixels, held = read_pixels(pairs, size), read_pixels(val[:6], size)
+            kind, task = card.DECODER, AutoencoderTask(experiment.model, train_pixels, held, batch, seed, vae)
         case ClipExperiment():
             folder = data if data.is_dir() else data.parent
             captions, held_captions = (read_captions(folder, part) for part in (pairs, val))
@@ -160,7 +165,7 @@ def begin_from(checkpoint: str, dit: DiT, vae: VAE, encoder: CLIPVisionModelWith
                 f"the DiT of --init {checkpoint} has {name} {theirs.get(name)}, this run {ours.get(name)}; they must be the same"
             )
     for part, mine, its in (("vae", vae, given.vae), ("clip", encoder, given.image_encoder)):
-        if fingerprint(mine) != fingerprint(its):
+        if fingerprint(mine, leaving_out=is_of_decoder) != fingerprint(its, leaving_out=is_of_decoder):  # a DiT sees no decoder
             raise ValueError(
                 f"the DiT of --init {checkpoint} was trained with another {part.upper()}; give --{part} {checkpoint}, too"
             )

@@ -1,5 +1,6 @@
 """The cache: its rows are what the networks say, it is made anew when what it depends on changes, and it is whole or absent."""
 
+import copy
 import errno
 import os
 import shutil
@@ -19,7 +20,7 @@ from clipdit.data.cache import LatentCache, build_cache, fingerprint
 from clipdit.data.layouts import Pair
 from clipdit.data.pairs import find_pairs
 from clipdit.images import to_float, write_image
-from clipdit.model.autoencoder import Autoencoder
+from clipdit.model.autoencoder import Autoencoder, is_of_decoder
 from clipdit.model.clip import ClipImageEncoder
 from clipdit.testing import tiny_pipeline
 
@@ -136,6 +137,14 @@ def test_a_fingerprint_is_of_weights_and_configuration():
     assert fingerprint(one) == fingerprint(same) != fingerprint(other)
     assert fingerprint(one.bfloat16()) != fingerprint(same)
     assert fingerprint(None) != fingerprint(same)
+
+
+def test_another_decoder_makes_no_other_latents_and_so_no_other_cache(build, autoencoder):
+    vae = copy.deepcopy(autoencoder.vae)
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            parameter.mul_(1.5 if is_of_decoder(name) else 1.0)
+    assert build(autoencoder=Autoencoder(vae)).folder == build().folder
 
 
 def test_no_pairs_are_refused(build):

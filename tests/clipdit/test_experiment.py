@@ -13,6 +13,7 @@ from clipdit.experiment import (
     EXPERIMENT_FILE,
     AutoencoderExperiment,
     ClipExperiment,
+    DecoderExperiment,
     ModelSettings,
     PairSettings,
     TranslationExperiment,
@@ -108,7 +109,7 @@ def test_the_file_tells_every_setting_and_survives_json(tmp_path: Path):
     assert read["train"]["betas"] == [0.8, 0.9]
 
 
-@pytest.mark.parametrize("experiment", [AutoencoderExperiment(), ClipExperiment()])
+@pytest.mark.parametrize("experiment", [AutoencoderExperiment(), ClipExperiment(), DecoderExperiment(vae="v")])
 def test_experiments_without_an_objective_are_told_too(experiment):
     plain = to_json(experiment, "x")
     assert "objective" not in plain

@@ -36,7 +36,7 @@ def test_guidance_is_only_used_where_the_source_was_withheld_in_training(name: s
 def test_the_names_of_the_promise_are_there():
     assert set(PRESETS) >= {
         "edges2emoji", "edges2shoes", "face2comics", "paper_edges2shoes", "paper_face2comics", "paper_edges2emoji", "yardstick",
-        "emoji_vae", "emoji_clip",
+        "emoji_vae", "emoji_clip", "vae_decoder",
     }  # fmt: skip
 
 

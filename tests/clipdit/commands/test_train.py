@@ -55,15 +55,18 @@ def test_help_lists_the_presets_with_a_line_each(capsys: pytest.CaptureFixture[s
         assert (preset.__doc__ or "").strip().splitlines()[0] in text
 
 
-@pytest.mark.parametrize("name", ["edges2emoji", "paper_edges2emoji", "emoji_vae", "emoji_clip"])
+@pytest.mark.parametrize("name", ["edges2emoji", "paper_edges2emoji", "emoji_vae", "vae_decoder", "emoji_clip"])
 def test_help_of_a_preset_lists_every_setting_with_its_default(name: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["train", name, "--help"]) == cli.DONE
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"usage: clipdit train {name}" in text
     wanted = ["--data PATH", "--out PATH", "--minutes", "--resume", "--json", "--train.lr FLOAT", "--pairs.size INT"]
-    wanted += {"emoji_vae": ["--model.latent-channels INT"], "emoji_clip": ["--model.vocabulary INT"]}.get(
-        name, ["--vae STR", "--model.width INT", "--loss.perceptual FLOAT", "--objective.", "--guidance FLOAT"]
-    )
+    own = {
+        "emoji_vae": ["--model.latent-channels INT"],
+        "vae_decoder": ["--vae STR", "--model.latent-noise FLOAT"],
+        "emoji_clip": ["--model.vocabulary INT"],
+    }
+    wanted += own.get(name, ["--vae STR", "--model.width INT", "--loss.perceptual FLOAT", "--objective.", "--guidance FLOAT"])
     for option in wanted:
         assert option in text
     assert f"(default: {PRESETS[name]().train.steps})" in text
@@ -127,7 +130,8 @@ def test_the_result_is_told_as_json_or_as_a_line(calls: list[dict], capsys: pyte
         ),
         (["edges2emoji", *HERE, "--drop-condition", "2"], "drop_condition is 2.0; wanted a share in [0, 1]"),
         (["edges2emoji", *HERE, "--objective.std", "0"], "std is 0.0; wanted a finite number above 0"),
-        (["emoji_vae", *HERE, "--model.channels", "7"], "Error parsing experiment.model: model.channels are (7,)"),
+        (["emoji_vae", *HERE, "--model.channels", "7"], "Error parsing experiment.model: model: patch 2 halves the size 1 times"),
+        (["vae_decoder", *HERE, "--model.recolour", "2"], "Error parsing experiment.model: model.recolour is 2.0"),
         (["emoji_clip", *HERE, "--model.width", "100"], "Error parsing experiment.model: model.width is 100"),
     ],
 )

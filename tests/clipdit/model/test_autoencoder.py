@@ -109,7 +109,8 @@ def test_an_image_does_not_depend_on_its_batch(kind: str):
         latent = wrapper.encode(image)
         assert torch.equal(wrapper.encode(image[1:2]), latent[1:2])
         assert torch.equal(wrapper.decode(latent[1:2]), wrapper.decode(latent)[1:2])
-        torch.testing.assert_close(wrapper.decode(latent), wrapper._decode(latent), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(wrapper.decode(latent), wrapper.decode(latent, at_once=True), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(latent, wrapper.encode(image, at_once=True), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

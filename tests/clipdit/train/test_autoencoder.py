@@ -1,181 +1,222 @@
-"""Training of the VAE: its crops, its losses, and a folder that diffusers opens."""
+"""Training of a VAE, or of a decoder alone: the crops, the losses, what stays, and a folder that opens."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
-from torch import nn
 
 from clipdit.images import to_float
-from clipdit.model.autoencoder import Autoencoder, load_vae
-from clipdit.train.autoencoder import AutoencoderSettings, AutoencoderTask
+from clipdit.model.autoencoder import VAE, Autoencoder, load_vae
+from clipdit.model.patch_autoencoder import PatchAutoencoder
+from clipdit.model.taef2 import Taef2
+from clipdit.train.autoencoder import AutoencoderSettings, AutoencoderTask, DecoderSettings
 from clipdit.train.loop import TrainSettings, train
 from clipdit.train.record import read_history
 
-TINY = AutoencoderSettings(latent_channels=4, channels=(8, 8), crop=16, perceptual=None)
+BLOCKS = {"channels": (8,), "encoder_layers": (1,), "decoder_layers": (1,)}
+FRESH = AutoencoderSettings(latent_channels=4, **BLOCKS, crop=16, perceptual=None, recolour=0, half_size_weight=0)
+DECODER = DecoderSettings(crop=16, perceptual=None, recolour=0)
+
+
+def kl() -> VAE:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(**blocks, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4)
+
+
+def tiny() -> VAE:
+    widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    return AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=4)
+
+
+def taef2() -> VAE:
+    return Taef2(latent_channels=4, encoder_block_out_channels=(64,) * 4)
+
+
+def patches() -> VAE:
+    return FRESH.make()
 
 
 def fields(count: int, seed: int = 0) -> torch.Tensor:
-    """(count, 2, 3, 24, 24): sources and targets of nine coloured fields."""
-    small = torch.randint(0, 256, (count, 2, 3, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return small.repeat_interleave(8, 3).repeat_interleave(8, 4)
+    """(count, 2, 3, 24, 24): dark sources and light targets of sixty-four coloured fields."""
+    small = torch.randint(0, 100, (count, 2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    small[:, 1] += 150
+    return small.repeat_interleave(3, 3).repeat_interleave(3, 4)
 
 
-def make_task(settings: AutoencoderSettings = TINY, batch: int = 4, seed: int = 0) -> AutoencoderTask:
-    return AutoencoderTask(settings, fields(6), fields(2, seed=1), batch, seed)
+def make_task(settings: DecoderSettings = FRESH, vae: VAE | None = None, batch: int = 8) -> AutoencoderTask:
+    return AutoencoderTask(settings, fields(12), fields(2, seed=1), batch, 0, vae)
 
 
 def train_settings(**changes) -> TrainSettings:
-    return TrainSettings(**{"batch_size": 4, "warmup_steps": 2, "precision": "fp32", "log_every": 1, "save_every": 3, **changes})
+    return TrainSettings(**{"batch_size": 8, "warmup_steps": 2, "precision": "fp32", "log_every": 1, "save_every": 3, **changes})
 
 
-def test_a_batch_holds_crops_of_both_sides_and_is_a_function_of_the_step():
-    task = make_task(batch=12)
-    one, two = task.draw(0), make_task(batch=12).draw(0)
-    assert torch.equal(one["image"], two["image"]) and torch.equal(one["noise"], two["noise"])
-    assert one["image"].shape == (12, 3, 16, 16) and one["noise"].shape == (12, 4, 8, 8)
-    assert not torch.equal(one["image"], task.draw(1)["image"])
-    images = fields(6).flatten(0, 1)
-
-    def is_crop(crop: torch.Tensor, image: torch.Tensor) -> bool:
-        windows = image.unfold(1, 16, 1).unfold(2, 16, 1)  # (3, 9, 9, 16, 16)
-        return any((windows == way[:, None, None]).all((0, 3, 4)).any() for way in (crop, crop.flip(-1)))
-
-    owners = [{i for i, image in enumerate(images) if is_crop(crop, image)} for crop in one["image"]]
-    assert sorted(i for owner in owners for i in owner) == list(range(12))  # each image once: sources and targets
+@pytest.mark.parametrize("share, sources", [(0.0, 0), (0.25, 2), (1.0, 8)])
+def test_a_batch_holds_its_share_of_sources_in_random_places_and_is_a_function_of_the_step(share: float, sources: int):
+    task, again = (make_task(replace(FRESH, source_share=share)) for _ in range(2))
+    drawn = [task.draw(step) for step in range(4)]
+    for step, batch in enumerate(drawn):
+        assert all(torch.equal(tensor, again.draw(step)[name]) for name, tensor in batch.items())
+        assert batch["image"].shape == (8, 3, 16, 16) and batch["noise"].shape == (8, 4, 8, 8)
+        assert batch["strength"].min() >= 0 and batch["strength"].max() <= 0.2
+    places = [tuple((batch["image"].flatten(1).max(1).values < 100).tolist()) for batch in drawn]
+    assert [sum(place) for place in places] == 4 * [sources]
+    assert len(set(places)) == (1 if share in (0, 1) else 4)
+    assert not torch.equal(drawn[0]["image"], drawn[1]["image"])
 
 
-def test_whole_images_are_drawn_where_no_crop_is_asked_for():
-    task = make_task(AutoencoderSettings(latent_channels=4, channels=(8, 8), crop=0, perceptual=None))
-    assert task.draw(0)["image"].shape == (4, 3, 24, 24)
-
-
-def test_recoloured_crops_are_the_same_fields_in_exchanged_colours_and_turned():
-    task = make_task(replace(TINY, recolour=0.5), batch=12)
-    batch, again = task.draw(3), make_task(replace(TINY, recolour=0.5), batch=12).draw(3)
-    assert torch.equal(batch["image"], again["image"])
-    originals = {tuple(sorted(colour)) for image in fields(6).flatten(0, 1) for colour in image.flatten(1).T.tolist()}
-    seen = [{tuple(colour) for colour in crop.flatten(1).T.tolist()} for crop in batch["image"]]
-    assert all(tuple(sorted(colour)) in originals for colours in seen for colour in colours)
-    known = {tuple(colour) for image in fields(6).flatten(0, 1) for colour in image.flatten(1).T.tolist()}
-    exchanged = sum(not colours <= known for colours in seen)
-    assert 2 <= exchanged <= 10  # a half, less those whose order stayed by chance
-
-
-def test_noise_on_latents_is_relative_to_their_spread():
-    task = make_task(replace(TINY, latent_noise=0.5), batch=12)
-    batch = task.draw(0)
-    assert batch["strength"].shape == (12,) and batch["strength"].min() >= 0 and batch["strength"].max() <= 0.5
-    assert batch["strength"].std() > 0.05
-    seen = []
-    task.vae.decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
-    with torch.no_grad():
-        batch["strength"] = torch.full((12,), 0.5)
-        for part in (
-            batch,
-            {name: tensor for name, tensor in batch.items() if name != "strength"},
-            batch | {"noise": 0 * batch["noise"]},
-        ):
-            task.module(part)
-    noisy, plain, mean = seen
-    spread = mean.std((0, 2, 3))
-    added = ((noisy - mean).square() - (plain - mean).square()).mean((0, 2, 3)).sqrt()
-    torch.testing.assert_close(added, 0.5 * spread, rtol=0.15, atol=0)  # 12 x 64 draws of noise a channel
-
-
-def test_losses_are_what_they_are_called():
+def test_a_fresh_vae_begins_with_the_components_of_the_training_targets():
     task = make_task()
+    assert isinstance(task.vae, PatchAutoencoder)
+    with torch.no_grad():
+        latents = task.vae.encode(to_float(fields(12)[:, 1])).latents
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("settings, make", [(FRESH, None), (DECODER, kl), (DECODER, patches)])
+def test_losses_are_what_they_are_called_and_noise_is_relative_to_the_spread_of_latents(settings, make):
+    task = make_task(settings, make and make())
     batch = task.draw(0)
+    autoencoder = task.module.autoencoder
     with torch.no_grad():
         losses = task.module(batch)
         image = to_float(batch["image"])
-        posterior = task.vae.encode(image).latent_dist
-        output = task.vae.decode(posterior.mean + posterior.std * batch["noise"]).sample
-    assert losses.keys() == {"l1", "kl", "mse"}
-    torch.testing.assert_close(losses["l1"], (output - image).abs().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(losses["mse"], (output - image).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
-    cells = posterior.mean.shape[-2] * posterior.mean.shape[-1]
-    torch.testing.assert_close(losses["kl"], posterior.kl() / cells, rtol=1e-4, atol=1e-5)
+        latent = autoencoder.encode(image)
+        noise = batch["strength"][:, None, None, None] * latent.std((0, 2, 3))[:, None, None] * batch["noise"]
+        output = autoencoder.decode(latent + noise)
+    assert losses.keys() == {"l1", "mse"}
+    torch.testing.assert_close(losses["l1"], (output - image).abs().mean((1, 2, 3)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(losses["mse"], (output - image).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-4)
 
 
-def test_the_perceptual_network_judges_and_is_neither_trained_nor_saved(tmp_path: Path):
-    settings = AutoencoderSettings(latent_channels=4, channels=(8, 8), crop=16, perceptual="efficientnet-lite0")
-    task = make_task(settings)
-    losses = task.module(task.draw(0))
-    assert (losses["perceptual"] > 0).all()
-    losses["perceptual"].sum().backward()
-    assert task.module.perceptual is not None
-    assert all(p.grad is None for p in task.module.perceptual.parameters())
-    assert all(p.grad is not None and p.grad.any() for p in task.vae.decoder.parameters())
-    task.save(tmp_path)
-    assert load_vae(tmp_path).state_dict().keys() == task.vae.state_dict().keys()
+def test_half_a_latent_is_asked_for_half_the_image():
+    task = make_task(replace(FRESH, half_size_weight=0.25))
+    batch = task.draw(0)
+    with torch.no_grad():
+        losses = task.module(batch)["half_size"]
+        image = to_float(batch["image"][::4])
+        latent = torch.nn.functional.avg_pool2d(task.vae.encode(image).latents, 2)
+        half = torch.nn.functional.interpolate(image, scale_factor=0.5, mode="area")
+        wanted = (task.vae.decode(latent).sample - half).abs().mean((1, 2, 3))
+    torch.testing.assert_close(losses[::4] / 4, wanted, rtol=1e-3, atol=1e-4)
+    assert not losses[[1, 2, 3, 5, 6, 7]].any() and task.weights["half_size"] == 0.25
 
 
-def test_a_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path: Path):
-    """The VAE lies in memory channels last; its optimiser's moments must, too."""
-    half, full = ({"schedule": "constant", "steps": steps} for steps in (3, 6))
-    whole, again = make_task(), make_task()
-    train(whole, train_settings(**full), tmp_path / "whole", experiment={"train": full})
-    train(make_task(), train_settings(**half), tmp_path / "broken", experiment={"train": half})
-    train(again, train_settings(**full), tmp_path / "broken", experiment={"train": full}, resume=True)
-    for one, other in zip(whole.vae.parameters(), again.vae.parameters(), strict=True):
-        assert torch.equal(one, other)
-        assert one.stride() == other.stride()
-    names = ("step", "loss/l1", "loss/kl", "gradient_norm")
-    rows = [[[row[name] for name in names] for row in read_history(tmp_path / run)] for run in ("whole", "broken")]
-    assert rows[0] == rows[1]
+@pytest.mark.parametrize("make", [kl, tiny, taef2, patches])
+def test_a_decoder_learns_and_the_latents_stay_what_they_were(make, tmp_path: Path):
+    torch.manual_seed(0)
+    vae = make()
+    image = to_float(fields(4, seed=2)[:, 1])
+    with torch.no_grad():
+        before = Autoencoder(vae).encode(image)
+        worse = (Autoencoder(vae).decode(before) - image).abs().mean()
+    train(make_task(DECODER, vae), train_settings(steps=20, lr=1e-3), tmp_path, experiment={})
+    after = Autoencoder(load_vae(tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(after.encode(image), before, rtol=0, atol=1e-6)  # here it lies channels last
+        assert (after.decode(before) - image).abs().mean() < 0.9 * worse
+    for name, parameter in load_vae(tmp_path).encoder.state_dict().items():
+        assert torch.equal(parameter, vae.encoder.state_dict()[name])
 
 
-def test_it_learns_and_diffusers_opens_what_it_saved(tmp_path: Path):
-    task = make_task(batch=8)
-    train(task, train_settings(steps=30, batch_size=8, lr=1e-2, log_every=5, save_every=1000), tmp_path, experiment={})
+def test_a_fresh_vae_learns_on_both_sides_and_opens_from_its_folder(tmp_path: Path):
+    task = make_task(replace(FRESH, latent_noise=0.0))
+    encoder = [parameter.clone() for parameter in task.vae.encoder.parameters()]
+    train(task, train_settings(steps=60, lr=6e-3, log_every=5, save_every=1000), tmp_path, experiment={})
     losses = [row["loss/l1"] for row in read_history(tmp_path)]
     assert losses[-1] < 0.9 * losses[0]
-    vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    assert all(not torch.equal(one, other) for one, other in zip(encoder, task.vae.encoder.parameters(), strict=True))
     image = to_float(fields(2, seed=1)[:, 1])
     autoencoder = Autoencoder(load_vae(tmp_path))
     with torch.no_grad():
         latent = autoencoder.encode(image)
         assert latent.shape == (2, 4, 12, 12)
-        # one image at a time, channels last: another order of summation
-        torch.testing.assert_close(latent, vae.encode(image).latent_dist.mode(), rtol=1e-4, atol=1e-5)
         errors = [(autoencoder.decode(z) - image).abs().mean() for z in (latent, torch.zeros_like(latent))]
     assert errors[0] < errors[1]  # the latent says something of the image
 
 
-def test_the_sheet_shows_images_beside_their_reconstructions(tmp_path: Path):
+def test_the_perceptual_network_judges_every_fourth_crop_for_all_and_is_neither_trained_nor_saved(tmp_path: Path):
+    task = make_task(replace(DECODER, perceptual="efficientnet-lite0"), patches())
+    losses = task.module(task.draw(0))
+    assert [bool(value > 0) for value in losses["perceptual"]] == 2 * [True, False, False, False]
+    losses["perceptual"].sum().backward()
+    assert task.module.perceptual is not None
+    assert all(p.grad is None for p in task.module.perceptual.parameters())
+    assert all(p.grad is None for p in task.vae.encoder.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in task.vae.decoder.parameters())
+    with torch.no_grad():
+        judged = task.module({name: tensor[::4] for name, tensor in (task.draw(0) | {"strength": torch.zeros(8)}).items()})
+    assert judged["perceptual"].shape == (2,)
+    task.save(tmp_path)
+    assert load_vae(tmp_path).state_dict().keys() == task.vae.state_dict().keys()
+
+
+@pytest.mark.parametrize("settings, make", [(FRESH, None), (DECODER, kl)])
+def test_a_resumed_training_is_bitwise_the_uninterrupted_one(settings, make, tmp_path: Path):
+    """The VAE lies in memory channels last; its optimiser's moments must, too."""
+
+    def begin() -> AutoencoderTask:
+        torch.manual_seed(0)
+        return make_task(settings, make and make())
+
+    half, full = ({"schedule": "constant", "steps": steps} for steps in (3, 6))
+    whole, again = begin(), begin()
+    train(whole, train_settings(**full), tmp_path / "whole", experiment={"train": full})
+    train(begin(), train_settings(**half), tmp_path / "broken", experiment={"train": half})
+    train(again, train_settings(**full), tmp_path / "broken", experiment={"train": full}, resume=True)
+    for one, other in zip(whole.vae.parameters(), again.vae.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+    rows = [[[row[name] for name in ("step", "loss/l1", "gradient_norm")] for row in read_history(tmp_path / run)]
+            for run in ("whole", "broken")]  # fmt: skip
+    assert rows[0] == rows[1]
+
+
+def test_the_sheet_shows_images_beside_their_reconstructions_at_the_start_and_now(tmp_path: Path):
     make_task().sheet(tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as picture:
-        assert picture.width > 2 * 128
+        assert picture.width > 3 * 128
 
 
-def test_a_fresh_vae_has_the_shape_that_was_asked_for():
-    vae = AutoencoderSettings(latent_channels=5, channels=(8, 16, 24)).make(64)
-    assert isinstance(vae, nn.Module)
-    autoencoder = Autoencoder(vae)
-    assert (autoencoder.downscale, autoencoder.latent_channels) == (4, 5)
-    assert AutoencoderSettings(channels=(8, 16, 24)).downscale == 4
+def test_whole_images_are_drawn_where_no_crop_is_asked_for():
+    assert make_task(replace(FRESH, crop=0)).draw(0)["image"].shape == (8, 3, 24, 24)
+
+
+def test_the_network_is_the_one_that_was_asked_for():
+    settings = AutoencoderSettings(latent_channels=5, channels=(8, 16), encoder_layers=(1, 1), decoder_layers=(1, 2))
+    autoencoder = Autoencoder(settings.make())
+    assert (autoencoder.downscale, autoencoder.latent_channels, settings.downscale) == (4, 5, 4)
 
 
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"channels": ()}, r"model.channels are \(\); wanted multiples of 8"),
-        ({"channels": (8, 12)}, r"model.channels are \(8, 12\); wanted multiples of 8"),
-        ({"channels": (0,)}, r"model.channels are"),
+        ({"channels": ()}, r"model: patch 1 halves the size 0 times; channels are \(\)"),
+        ({"channels": (8, 12)}, r"model: patch 4 halves the size 2 times; channels are \(8, 12\), layers \(1,\) and \(1,\)"),
+        ({"channels": (6,)}, r"model: channels are \(6,\); wanted multiples of 4"),
         ({"latent_channels": 0}, r"model.latent_channels is 0; wanted at least 1"),
-        ({"layers": 0}, r"model.layers is 0"),
+        ({"encoder_layers": (0,)}, r"model: layers are \(0,\) and \(1,\); wanted at least 1 each"),
         ({"crop": -8}, r"model.crop is -8; wanted 0 or more"),
-        ({"crop": 20}, r"model.crop is 20; wanted a multiple of 8, the pixels of a latent cell"),
-        ({"kl_weight": -1.0}, r"model.kl_weight is -1.0"),
         ({"perceptual_weight": -1.0}, r"model.perceptual_weight is -1.0"),
         ({"latent_noise": -0.1}, r"model.latent_noise is -0.1; wanted 0 or more"),
+        ({"half_size_weight": -0.1}, r"model.half_size_weight is -0.1; wanted 0 or more"),
         ({"recolour": 1.1}, r"model.recolour is 1.1; wanted a share in \[0, 1\]"),
+        ({"source_share": -0.1}, r"model.source_share is -0.1; wanted a share in \[0, 1\]"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(change: dict, reason: str):
     with pytest.raises(ValueError, match=reason):
-        AutoencoderSettings(**change)
+        replace(FRESH, **change)
+
+
+def test_crops_that_do_not_divide_into_cells_are_refused():
+    with pytest.raises(ValueError, match=r"model.crop is 15, pairs.size 24; wanted multiples of 2, the pixels of a latent cell"):
+        make_task(replace(FRESH, crop=15))
+    with pytest.raises(
+        ValueError, match=r"model.crop is 18, pairs.size 24; wanted multiples of 4, the pixels of two latent cells"
+    ):
+        make_task(replace(FRESH, crop=18, half_size_weight=0.25))

@@ -220,8 +220,8 @@ def test_a_batch_that_does_not_divide_among_processes_is_refused(tiny_words, sta
     assert "clipdit: train.batch_size 3 does not divide among 2 processes x 1 parts\n" in ranks[0].output
 
 
-@pytest.mark.parametrize("preset", ["emoji_vae", "emoji_clip"])
-def test_two_processes_train_one_vae_and_one_clip(preset, pairs_folder, start_ranks, history, tmp_path):
+@pytest.mark.parametrize("preset", ["emoji_vae", "vae_decoder", "emoji_clip"])
+def test_two_processes_train_one_vae_one_decoder_and_one_clip(preset, pairs_folder, parts, start_ranks, history, tmp_path):
     """Also where no cache makes them wait for one another at the start. CLIP contrasts an image with those of its own process
     only, so its losses are not those of one process."""
     data = tmp_path / "pairs"
@@ -232,17 +232,20 @@ def test_two_processes_train_one_vae_and_one_clip(preset, pairs_folder, start_ra
     (data / "names.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = [
         "train", preset, "--data", str(data), "--pairs.size", "32",
-        "--train.steps", "3", "--train.batch-size", "4", "--train.precision", "fp32", "--train.log-every", "1",
+        "--train.steps", "3", "--train.batch-size", "8", "--train.precision", "fp32", "--train.log-every", "1",
     ]  # fmt: skip
     if preset == "emoji_vae":
-        words += ["--model.channels", "8", "8", "--model.crop", "16", "--model.perceptual", "None"]
+        words += ["--model.channels", "8", "8", "--model.encoder-layers", "1", "1", "--model.decoder-layers", "1", "1"]
+        words += ["--model.crop", "16", "--model.perceptual", "None", "--model.latent-noise", "0"]
+    elif preset == "vae_decoder":
+        words += ["--vae", str(parts), "--model.crop", "16", "--model.perceptual", "None", "--model.latent-noise", "0"]
     else:
         words += ["--model.image-size", "32", "--model.width", "64", "--model.layers", "1", "--model.text-width", "64"]
         words += ["--model.text-layers", "1"]
     ranks = start_ranks(2, [*words, "--out", str(tmp_path / "two")])
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output + ranks[1].output
     assert [row["step"] for row in history(tmp_path / "two")] == [1, 2, 3]
-    if preset == "emoji_vae":
+    if preset != "emoji_clip":
         one = start_ranks(1, [*words, "--out", str(tmp_path / "one")])[0]
         assert one.wait() == 0, one.output
         for single, double in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):

@@ -15,13 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from clipdit.backend import Condition
 from clipdit.data.augment import Augment
 from clipdit.data.cache import build_cache
-from clipdit.experiment import AutoencoderExperiment, ClipExperiment, PairSettings
+from clipdit.experiment import AutoencoderExperiment, ClipExperiment, DecoderExperiment, PairSettings
 from clipdit.images import write_image
 from clipdit.model.autoencoder import load_vae
 from clipdit.model.clip import load_clip
 from clipdit.pipeline import ClipDiTPipeline, load_checkpoint
 from clipdit.presets import paper
-from clipdit.train.autoencoder import AutoencoderSettings
+from clipdit.train.autoencoder import AutoencoderSettings, DecoderSettings
 from clipdit.train.clip import ClipSettings
 from clipdit.train.loop import TrainSettings
 from clipdit.train.runs import run
@@ -160,9 +160,9 @@ def test_a_vae_and_a_clip_are_trained_and_then_used_for_a_translation(tiny_exper
     (data / "names.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     pairs = PairSettings(size=32, augment=Augment(views=1))
     train = TrainSettings(steps=2, batch_size=4, precision="fp32", save_every=1, log_every=1)
-    vae = AutoencoderExperiment(
-        pairs=pairs, model=AutoencoderSettings(latent_channels=4, channels=(8, 8), crop=16, perceptual=None), train=train
-    )
+    blocks = {"channels": (8, 8), "encoder_layers": (1, 1), "decoder_layers": (1, 1)}
+    settings = AutoencoderSettings(latent_channels=4, **blocks, crop=16, perceptual=None)
+    vae = AutoencoderExperiment(pairs=pairs, model=settings, train=train)
     clip = ClipExperiment(
         pairs=pairs,
         model=ClipSettings(image_size=32, patch_size=8, width=64, layers=1, text_width=64, text_layers=1, embedding=16),
@@ -314,6 +314,21 @@ def test_beginning_with_weights_that_learnt_something_else_is_refused(trained: P
             f"the DiT of --init {other} was trained with another {part.upper()}; give --{part} {other}, too"
         )
     assert "model_index.json" in refuse(tmp_path / "run", tiny_experiment(init=str(tmp_path / "vae" / "vae")), pairs_folder)
+
+
+def test_a_fine_tuned_decoder_fits_the_checkpoint_that_it_came_from(trained: Path, tiny_experiment, data: Path, tmp_path: Path):
+    settings = DecoderSettings(crop=16, perceptual=None)
+    train = TrainSettings(steps=2, batch_size=4, precision="fp32", save_every=1, log_every=1, lr=1e-2)
+    decoder = DecoderExperiment(vae=str(trained), pairs=PairSettings(size=32), model=settings, train=train)
+    run(decoder, "vae_decoder", data, tmp_path / "decoder")
+    assert "cp decoder/vae/* CHECKPOINT/vae/" in (tmp_path / "decoder" / "README.md").read_text()
+    better = shutil.copytree(trained, tmp_path / "better")
+    shutil.copytree(tmp_path / "decoder" / "vae", better / "vae", dirs_exist_ok=True)
+    source = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    old, new = load_checkpoint(trained), load_checkpoint(better)
+    assert not torch.equal(old(source), new(source))
+    assert torch.equal(old.autoencoder.encode(torch.zeros(1, 3, 32, 32)), new.autoencoder.encode(torch.zeros(1, 3, 32, 32)))
+    run(tiny_experiment(train=ONE_STEP, init=str(trained), vae=str(better)), "edges2emoji", data, tmp_path / "run")
 
 
 def test_two_runs_share_a_cache(tiny_experiment, pairs_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
