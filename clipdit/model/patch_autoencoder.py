@@ -66,23 +66,12 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         divide = all(4 * wide % narrow == 0 for wide, narrow in itertools.pairwise(channels) if narrow)
         if not divide or any(width < 4 or width % 4 for width in channels):
             raise ValueError(f"channels are {tuple(channels)}; wanted multiples of 4, four times each a multiple of the next")
-        size, scales = tuple(channels), ((),) * (len(channels) + 1)  # diffusers: the first level, full size, has no layer
-        encoder = Encoder(
-            3,
-            latent_channels,
-            block_out_channels=(size[0], *size),
-            layers_per_block=(0, *encoder_layers),
-            qkv_multiscales=scales,
-            out_shortcut=False,
-        )
-        decoder = Decoder(
-            3,
-            latent_channels,
-            block_out_channels=(size[0], *size),
-            layers_per_block=(0, *decoder_layers),
-            qkv_multiscales=scales,
-            in_shortcut=False,
-        )
+        shape = {  # diffusers: the first level, at full size, has no layer
+            "block_out_channels": (channels[0], *channels),
+            "qkv_multiscales": ((),) * (len(channels) + 1),
+        }
+        encoder = Encoder(3, latent_channels, layers_per_block=(0, *encoder_layers), out_shortcut=False, **shape)
+        decoder = Decoder(3, latent_channels, layers_per_block=(0, *decoder_layers), in_shortcut=False, **shape)
         for block in (*encoder.modules(), *decoder.modules()):
             if isinstance(block, ResBlock):
                 nn.init.zeros_(cast(Tensor, block.norm.weight))
