@@ -92,8 +92,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         patches = nn.functional.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1).double()
         mean = patches.mean(0)
         values, vectors = torch.linalg.eigh((patches - mean).T.cov().reshape(len(mean), len(mean)))
-        basis = vectors.flip(1)[:, :count] * vectors.flip(1)[:, :count].sum(0).sign()  # largest first, signs that do not depend
-        spread = values.flip(0)[:count].clamp(min=1e-8).sqrt()  # on the machine
+        basis = vectors.flip(1)[:, :count] * vectors.flip(1)[:, :count].sum(0).sign()  # largest first; signs fixed
+        spread = values.flip(0)[:count].clamp(min=1e-8).sqrt()
         down, up = self.encoder.patches, self.decoder.patches
         _set(down, (basis / spread).T, -mean @ (basis / spread))
         # the mean patch; a bias has one number a colour, so what it varies within the patch is left to the network

@@ -3,7 +3,7 @@
 Loss (Esser et al. 2021, without the adversary): L1 and a perceptual distance. There is no KL term: noise on the latents, relative
 to their spread, keeps them from hiding what matters in small differences. What a DiT predicts is never quite a latent; a decoder
 that saw clean ones alone makes patches and smears of that. A fresh VAE is also asked for images of half the size from latents of
-half the size (Skorokhodov et al. 2025, arXiv 2502.14831): neighbouring latents then resemble one another, as a DiT learns best.
+half the size (Skorokhodov et al. 2025, arXiv 2502.14831), which is meant to make neighbouring latents resemble one another.
 """
 
 from dataclasses import dataclass
@@ -154,7 +154,7 @@ class AutoencoderTask:
     ):
         torch.manual_seed(seed)
         self.settings, self.batch, self.seed = settings, batch, seed
-        self.sides, self.examples = train.unbind(1), val[:12].flatten(0, 1)[-12:]
+        self.sides, self.examples = train.unbind(1), val[:6].flatten(0, 1)
         self.vae = _fresh(settings, train) if vae is None else vae
         nn.Module.to(self.vae, memory_format=torch.channels_last)
         self.module = AutoencoderModule(self.vae, settings, decoder_only=vae is not None)
