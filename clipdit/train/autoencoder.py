@@ -1,17 +1,16 @@
 """Trains a VAE on images of pairs: a fresh one from nothing, or the decoder of one that is there.
 
-Loss (Esser et al. 2021, without the adversary): L1 and a perceptual distance. There is no KL term: noise on the latents, relative
-to their spread, keeps them from hiding what matters in small differences. What a DiT predicts is never quite a latent; a decoder
-that saw clean ones alone makes patches and smears of that. A fresh VAE is also asked for images of half the size from latents of
-half the size (Skorokhodov et al. 2025, arXiv 2502.14831), which is meant to make neighbouring latents resemble one another.
+Loss (Esser et al. 2021): L1, a perceptual distance and an adversary. There is no KL term: noise on the latents, relative to their
+spread, keeps them from hiding what matters in small differences. What a DiT predicts is never quite a latent; a decoder that saw
+clean ones alone makes patches and smears of that. A fresh VAE also pays for neighbouring latents that differ: a DiT learns smooth
+ones sooner (docs/results.md).
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from clipdit.files import write_atomically
@@ -19,14 +18,16 @@ from clipdit.images import to_float, to_u8, write_image
 from clipdit.losses import PerceptualKind, PerceptualLoss
 from clipdit.model.autoencoder import VAE, Autoencoder, is_of_decoder
 from clipdit.model.patch_autoencoder import PatchAutoencoder
+from clipdit.shapes import Latent
 from clipdit.sheets import contact_sheet
 from clipdit.train.crops import draw_crops
+from clipdit.train.discriminator import Discriminator, adversarial_losses
 from clipdit.train.order import step_generator
 from clipdit.train.state import save_tensors
 from clipdit.train.task import Batch, Losses
 
 EVERY = 4
-"""One crop in so many goes before the perceptual network, which costs more than a small VAE, and is decoded at half size, too.
+"""One crop in so many goes before the perceptual network, which costs more than a small VAE.
 Several processes are as one where each has a multiple of this many crops."""
 
 TRANSFORMED = 512
@@ -45,16 +46,16 @@ class DecoderSettings:
     """Network of the perceptual loss."""
     perceptual_weight: float = 0.5
     """Factor of the perceptual loss beside L1."""
+    adversary_weight: float = 0.0
+    """Factor of the adversarial loss, from a discriminator of patches that learns beside; 0 has none."""
     latent_noise: float = 0.2
     """Noise added to a latent before it is decoded: up to this share of its channels' standard deviation, another share for each
     image."""
     recolour: float = 0.15
     """Share of the crops with red, green and blue exchanged and turned by quarters: few images, many to learn from."""
-    half_size_weight: float = 0.0
-    """Factor of L1 between the image at half its size and what is decoded from the latent averaged to half its size."""
 
     def __post_init__(self) -> None:
-        for name in ("crop", "perceptual_weight", "latent_noise", "half_size_weight"):
+        for name in ("crop", "perceptual_weight", "adversary_weight", "latent_noise"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; wanted 0 or more")
         for name in ("source_share", "recolour"):
@@ -68,14 +69,16 @@ class AutoencoderSettings(DecoderSettings):
 
     source_share: float = 0.25
     """Share of sources among the crops, whose latents tell the DiT of the source; the others are targets."""
-    half_size_weight: float = 0.25
-    """Factor of L1 between the image at half its size and what is decoded from the latent averaged to half its size."""
+    latent_noise: float = 0.3
+    """Noise added to a latent before it is decoded: up to this share of its channels' standard deviation."""
+    roughness_weight: float = 0.03
+    """Factor of the mean squared difference of neighbouring latents, as a share of that of unrelated ones."""
     latent_channels: int = 32
-    channels: tuple[int, ...] = (64, 128, 128)
+    channels: tuple[int, ...] = (64, 64, 128)
     """Width at 1/2, 1/4 ... of the size; the last is that of the latents. Multiples of 4."""
     encoder_layers: tuple[int, ...] = (1, 1, 1)
     """Residual blocks there, in the encoder."""
-    decoder_layers: tuple[int, ...] = (1, 2, 2)
+    decoder_layers: tuple[int, ...] = (1, 2, 4)
     """And in the decoder."""
 
     @property
@@ -85,6 +88,8 @@ class AutoencoderSettings(DecoderSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.roughness_weight < 0:
+            raise ValueError(f"model.roughness_weight is {self.roughness_weight}; wanted 0 or more")
         if self.latent_channels < 1:
             raise ValueError(f"model.latent_channels is {self.latent_channels}; wanted at least 1")
         try:
@@ -104,15 +109,23 @@ class AutoencoderSettings(DecoderSettings):
         )
 
 
+def roughness(latent: Latent) -> Float[Tensor, "B"]:
+    """Mean squared difference of neighbouring cells over that of unrelated ones, twice the variance of the channel: 1 for white
+    noise, 0 for a constant; 1 - their correlation."""
+    steps = latent.diff(dim=-1).square().mean((2, 3)) + latent.diff(dim=-2).square().mean((2, 3))  # (B, C)
+    return (steps / (4 * latent.var((0, 2, 3))).clamp(min=1e-6)).mean(1)  # a channel may be constant
+
+
 class AutoencoderModule(nn.Module):
     """The VAE with its losses."""
 
     def __init__(self, vae: VAE, settings: DecoderSettings, *, decoder_only: bool):
         super().__init__()
         self.autoencoder = Autoencoder(vae)
-        self.decoder_only, self.halves = decoder_only, settings.half_size_weight > 0
+        self.decoder_only = decoder_only
         for name, parameter in vae.named_parameters():
             parameter.requires_grad_(is_of_decoder(name) or not decoder_only)
+        self.discriminator = Discriminator() if settings.adversary_weight else None
         self.perceptual = PerceptualLoss(settings.perceptual) if settings.perceptual else None
         if self.perceptual is not None:
             self.perceptual.requires_grad_(False)
@@ -126,15 +139,14 @@ class AutoencoderModule(nn.Module):
         given = latent + batch["strength"].reshape(-1, 1, 1, 1) * spread * batch["noise"]
         output = self.autoencoder.decode(given, at_once=True).float()
         losses = {"l1": (output - image).abs().mean((1, 2, 3)), "mse": (output - image).square().mean((1, 2, 3))}
-        some, judged = image[::EVERY], {}
-        if self.halves:
-            half = self.autoencoder.decode(F.avg_pool2d(latent[::EVERY], 2), at_once=True).float()
-            judged["half_size"] = (half - F.avg_pool2d(some, 2)).abs().mean((1, 2, 3))
+        if not self.decoder_only:
+            losses["roughness"] = roughness(latent)
+        if self.discriminator is not None:
+            losses |= adversarial_losses(self.discriminator, output, image)
         if self.perceptual is not None:
-            judged["perceptual"] = self.perceptual(output[::EVERY], some)
-        for name, values in judged.items():
-            losses[name] = values.new_zeros(len(image))
-            losses[name][::EVERY] = values * (len(image) / len(values))  # they speak for all of the batch
+            judged = self.perceptual(output[::EVERY], image[::EVERY])
+            losses["perceptual"] = judged.new_zeros(len(image))
+            losses["perceptual"][::EVERY] = judged * (len(image) / len(judged))  # they speak for all of the batch
         return losses
 
 
@@ -142,6 +154,8 @@ class AutoencoderTask:
     """See clipdit.train.task.Task. Trains `vae` in place; None makes a fresh one, of which the encoder is trained, too.
 
     ValueError when the crops do not divide into latent cells."""
+
+    contested = frozenset({"adversary", "discriminator"})
 
     def __init__(
         self,
@@ -158,15 +172,15 @@ class AutoencoderTask:
         self.vae = _fresh(settings, train) if vae is None else vae
         nn.Module.to(self.vae, memory_format=torch.channels_last)
         self.module = AutoencoderModule(self.vae, settings, decoder_only=vae is not None)
-        self.weights = {"l1": 1.0, "perceptual": settings.perceptual_weight, "half_size": settings.half_size_weight}
+        self.weights = {"l1": 1.0, "perceptual": settings.perceptual_weight}
+        self.weights |= {"adversary": settings.adversary_weight, "discriminator": 1.0}
+        if isinstance(settings, AutoencoderSettings):
+            self.weights["roughness"] = settings.roughness_weight
         edges = [min(settings.crop or edge, edge) for edge in train.shape[-2:]]
         cells = self.module.autoencoder.downscale
-        grid = cells * (2 if settings.half_size_weight else 1)
-        if any(edge % grid for edge in edges):
+        if any(edge % cells for edge in edges):
             sizes = f"model.crop is {settings.crop}, pairs.size {train.shape[-1]}"
-            raise ValueError(
-                f"{sizes}; wanted multiples of {grid}, the pixels of {'two latent cells' if grid > cells else 'a latent cell'}"
-            )
+            raise ValueError(f"{sizes}; wanted multiples of {cells}, the pixels of a latent cell")
         self.latent_shape = (self.module.autoencoder.latent_channels, edges[0] // cells, edges[1] // cells)
         self.at_first = self._reconstructions()
 

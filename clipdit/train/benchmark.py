@@ -121,7 +121,7 @@ class PacedTask:
 
     def __init__(self, task: Task, pace: Pace) -> None:
         self.task, self.pace = task, pace
-        self.module, self.weights = task.module, task.weights
+        self.module, self.weights, self.contested = task.module, task.weights, task.contested
 
     def draw(self, step: int) -> Batch:
         self.pace.before_step()

@@ -154,6 +154,8 @@ def read_captions(folder: Path, pairs: Sequence[Pair]) -> list[list[str]]:
 class ClipTask:
     """See clipdit.train.task.Task."""
 
+    contested: frozenset[str] = frozenset()
+
     def __init__(
         self,
         settings: ClipSettings,

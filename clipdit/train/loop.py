@@ -237,8 +237,9 @@ def train(
                 last = part + 1 == settings.accumulate
                 with contextlib.nullcontext() if last else accelerator.no_sync(module):
                     losses = forward(piece)
-                    total = _total(losses, task.weights)
-                    accelerator.backward(total / settings.accumulate)
+                    accelerator.backward(_total(losses, task.weights) / settings.accumulate)
+                told = {name: value.detach() for name, value in losses.items() if name not in task.contested}
+                total = _total(told, task.weights)
                 for name, value in {**losses, "total": total[None]}.items():
                     interval.add(name, value.detach().float().mean() / settings.accumulate)
             interval.add("gradient_norm", cast(Tensor, accelerator.clip_grad_norm_(parameters, settings.clip_norm)).detach())

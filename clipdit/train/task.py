@@ -26,6 +26,12 @@ class Task(Protocol):
         """Name of a loss -> its factor in the sum that is minimised. What is not named is reported only."""
         ...
 
+    @property
+    def contested(self) -> frozenset[str]:
+        """Losses by which one network gains what another loses. They are minimised, but `total` leaves them out: they would not
+        tell whether training goes well."""
+        ...
+
     def draw(self, step: int) -> Batch:
         """The whole batch of this step, for all processes: a function of the step alone."""
         ...

@@ -149,6 +149,8 @@ class Held:
 class TranslationTask:
     """See clipdit.train.task.Task."""
 
+    contested: frozenset[str] = frozenset()
+
     def __init__(
         self,
         pipeline: ClipDiTPipeline,

@@ -25,6 +25,7 @@ class CountingTask:
 
     module = torch.nn.Linear(1, 1)
     weights = {"loss": 1.0}  # noqa: RUF012  (nobody changes it)
+    contested: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         self.drawn: list[int] = []

@@ -12,12 +12,12 @@ from clipdit.images import to_float
 from clipdit.model.autoencoder import VAE, Autoencoder, load_vae
 from clipdit.model.patch_autoencoder import PatchAutoencoder
 from clipdit.model.taef2 import Taef2
-from clipdit.train.autoencoder import AutoencoderSettings, AutoencoderTask, DecoderSettings
+from clipdit.train.autoencoder import AutoencoderSettings, AutoencoderTask, DecoderSettings, roughness
 from clipdit.train.loop import TrainSettings, train
 from clipdit.train.record import read_history
 
 BLOCKS = {"channels": (8,), "encoder_layers": (1,), "decoder_layers": (1,)}
-FRESH = AutoencoderSettings(latent_channels=4, **BLOCKS, crop=16, perceptual=None, recolour=0, half_size_weight=0)
+FRESH = AutoencoderSettings(latent_channels=4, **BLOCKS, crop=16, perceptual=None, recolour=0)
 DECODER = DecoderSettings(crop=16, perceptual=None, recolour=0)
 
 
@@ -61,7 +61,8 @@ def test_a_batch_holds_its_share_of_sources_in_random_places_and_is_a_function_o
     for step, batch in enumerate(drawn):
         assert all(torch.equal(tensor, again.draw(step)[name]) for name, tensor in batch.items())
         assert batch["image"].shape == (8, 3, 16, 16) and batch["noise"].shape == (8, 4, 8, 8)
-        assert batch["strength"].min() >= 0 and batch["strength"].max() <= 0.2
+        assert batch["strength"].min() >= 0 and batch["strength"].max() <= 0.3
+    assert max(batch["strength"].max() for batch in drawn) > 0.2
     places = [tuple((batch["image"].flatten(1).max(1).values < 100).tolist()) for batch in drawn]
     assert [sum(place) for place in places] == 4 * [sources]
     assert len(set(places)) == (1 if share in (0, 1) else 4)
@@ -88,22 +89,36 @@ def test_losses_are_what_they_are_called_and_noise_is_relative_to_the_spread_of_
         latent = autoencoder.encode(image)
         noise = batch["strength"][:, None, None, None] * latent.std((0, 2, 3))[:, None, None] * batch["noise"]
         output = autoencoder.decode(latent + noise)
-    assert losses.keys() == {"l1", "mse"}
+    assert losses.keys() == {"l1", "mse"} | (set() if make else {"roughness"})
     torch.testing.assert_close(losses["l1"], (output - image).abs().mean((1, 2, 3)), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(losses["mse"], (output - image).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-4)
 
 
-def test_half_a_latent_is_asked_for_half_the_image():
-    task = make_task(replace(FRESH, half_size_weight=0.25))
-    batch = task.draw(0)
-    with torch.no_grad():
-        losses = task.module(batch)["half_size"]
-        image = to_float(batch["image"][::4])
-        latent = torch.nn.functional.avg_pool2d(task.vae.encode(image).latents, 2)
-        half = torch.nn.functional.interpolate(image, scale_factor=0.5, mode="area")
-        wanted = (task.vae.decode(latent).sample - half).abs().mean((1, 2, 3))
-    torch.testing.assert_close(losses[::4] / 4, wanted, rtol=1e-3, atol=1e-4)
-    assert not losses[[1, 2, 3, 5, 6, 7]].any() and task.weights["half_size"] == 0.25
+def test_roughness_is_one_less_the_correlation_of_neighbours():
+    generator = torch.Generator().manual_seed(0)
+    white = torch.randn(8, 4, 64, 64, generator=generator) * torch.tensor([1.0, 5.0, 0.1, 2.0])[:, None, None]
+    torch.testing.assert_close(roughness(white), torch.ones(8), rtol=0.03, atol=0)
+    smooth = torch.nn.functional.avg_pool2d(white, (1, 2), stride=1)  # correlation 1/2 along the row, 0 along the column
+    torch.testing.assert_close(roughness(smooth), torch.full((8,), 0.75), rtol=0.05, atol=0)
+    torch.testing.assert_close(roughness(7 * smooth - 3), roughness(smooth), rtol=1e-3, atol=1e-4)
+    assert torch.equal(roughness(torch.ones(2, 3, 4, 4)), torch.zeros(2))
+
+
+def test_an_encoder_learns_smoother_latents_where_they_are_asked_for(tmp_path: Path):
+    rough = {}
+    for weight in (0.0, 1.0):
+        task = make_task(replace(FRESH, roughness_weight=weight, latent_noise=0.0))
+        train(task, train_settings(steps=40, lr=3e-3), tmp_path / str(weight), experiment={})
+        rough[weight] = read_history(tmp_path / str(weight))[-1]["loss/roughness"]
+    assert rough[1.0] < 0.7 * rough[0.0]
+
+
+def test_an_adversary_learns_beside_the_decoder(tmp_path: Path):
+    task = make_task(replace(DECODER, adversary_weight=0.02, latent_noise=1.0), patches())
+    train(task, train_settings(steps=30, lr=3e-4), tmp_path, experiment={})
+    first, *_, last = [row["loss/discriminator"] for row in read_history(tmp_path)]
+    assert first == pytest.approx(2, abs=0.5) and last < 0.7 * first
+    assert load_vae(tmp_path).state_dict().keys() == patches().state_dict().keys()  # it stays behind
 
 
 @pytest.mark.parametrize("make", [kl, tiny, taef2, patches])
@@ -203,7 +218,8 @@ def test_the_network_is_the_one_that_was_asked_for():
         ({"crop": -8}, r"model.crop is -8; wanted 0 or more"),
         ({"perceptual_weight": -1.0}, r"model.perceptual_weight is -1.0"),
         ({"latent_noise": -0.1}, r"model.latent_noise is -0.1; wanted 0 or more"),
-        ({"half_size_weight": -0.1}, r"model.half_size_weight is -0.1; wanted 0 or more"),
+        ({"roughness_weight": -0.1}, r"model.roughness_weight is -0.1; wanted 0 or more"),
+        ({"adversary_weight": -0.1}, r"model.adversary_weight is -0.1; wanted 0 or more"),
         ({"recolour": 1.1}, r"model.recolour is 1.1; wanted a share in \[0, 1\]"),
         ({"source_share": -0.1}, r"model.source_share is -0.1; wanted a share in \[0, 1\]"),
     ],
@@ -216,7 +232,3 @@ def test_impossible_settings_are_refused_by_name(change: dict, reason: str):
 def test_crops_that_do_not_divide_into_cells_are_refused():
     with pytest.raises(ValueError, match=r"model.crop is 15, pairs.size 24; wanted multiples of 2, the pixels of a latent cell"):
         make_task(replace(FRESH, crop=15))
-    with pytest.raises(
-        ValueError, match=r"model.crop is 18, pairs.size 24; wanted multiples of 4, the pixels of two latent cells"
-    ):
-        make_task(replace(FRESH, crop=18, half_size_weight=0.25))

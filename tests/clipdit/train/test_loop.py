@@ -39,6 +39,7 @@ class Line:
     """Fits y = A x from noise. A task of the smallest kind."""
 
     weights = {"square": 1.0, "gated": 0.5}  # noqa: RUF012  (nobody changes it)
+    contested: frozenset[str] = frozenset()
 
     def __init__(self, size: int = 8, spoil: Callable[[int, Tensor], Tensor] = lambda step, y: y) -> None:
         self.module, self.size, self.spoil = LineModule(), size, spoil
@@ -88,6 +89,15 @@ def test_losses_fall_and_every_step_is_in_the_history(tmp_path: Path):
         assert row["loss/seen"] == pytest.approx(7 * row["loss/square"], rel=1e-5)  # reported, though not minimised
         assert row["images_per_s"] > 0
         assert 0 <= row["loading_share"] <= 1
+
+
+def test_what_is_contested_is_minimised_but_is_not_in_the_total(tmp_path: Path):
+    task = Line()
+    task.contested = frozenset({"gated"})
+    run(tmp_path / "contested", task)
+    assert torch.equal(task.weight, run(tmp_path / "plain").weight)
+    for row in read_history(tmp_path / "contested"):
+        assert row["loss/total"] == row["loss/square"] and row["loss/gated"] > 0
 
 
 def test_parts_of_a_batch_add_up_to_the_whole(tmp_path: Path):
