@@ -12,7 +12,7 @@ from clipdit.shapes import Image
 
 
 class Discriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): one score for every 8 x 8 pixels, each of a patch of about 60 x 60, above 0 for "image".
+    """PatchGAN (Isola et al. 2017): one score for every 8 x 8 pixels, each of a patch of 54 x 54, above 0 for "image".
 
     Group normalisation, not batch normalisation: an image's scores do not depend on its batch."""
 

@@ -38,7 +38,7 @@ def test_each_loss_teaches_its_own_side_alone(discriminator: Discriminator):
     assert output.grad.abs().max() > 0 and all(parameter.grad is None for parameter in discriminator.parameters())
 
 
-def test_a_score_sees_its_patch_and_no_more_than_its_own_image(discriminator: Discriminator):
+def test_the_scores_of_an_image_do_not_depend_on_its_batch(discriminator: Discriminator):
     both = images(0)
     alone = discriminator(both[:1])
     torch.testing.assert_close(discriminator(both)[:1], alone, rtol=1e-4, atol=1e-5)
