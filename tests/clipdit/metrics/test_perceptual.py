@@ -3,17 +3,11 @@
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as tvf
+from waves import picture
 
 from clipdit.metrics import weights
 from clipdit.metrics.perceptual import LPIPS, STLPIPS, lpips_trunk_file
 from clipdit.metrics.weights import MissingWeights
-
-
-def picture(phase: float, size: int = 64) -> torch.Tensor:
-    """Waves and a checkerboard in [-1, 1], the same on every machine."""
-    x = torch.linspace(0, 6, size)
-    a, b = torch.sin(2 * x + phase)[:, None], torch.cos(3 * x - phase)[None, :]
-    return torch.stack([a * b, (a + b) / 2, (a > b).float() * 1.6 - 0.8])[None]
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from job_pictures import contents, draw, ledger
 
 from clipdit.fake_backend import FakeBackend
 from clipdit.images import encode_image, read_image
@@ -20,40 +19,8 @@ from clipdit.offline import JobFolder, JobSettings, item_seed, run_job, verify_j
 from clipdit.translator import Translator
 
 
-def draw(path: Path, height: int = 40, width: int = 60, seed: int = 0) -> None:
-    """A picture of coloured blocks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST).save(path)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every image below a folder, by relative path."""
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*.*")) if p.suffix in (".png", ".webp")
-    }
-
-
-def ledger(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-
-
 def count_encoded(calls: list) -> int:
     return sum(batch for call, batch in calls if call == "encode")
-
-
-@pytest.fixture
-def translator():
-    return Translator(FakeBackend(native_size=(32, 32)))
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    """Twenty images in three folders, of many sizes."""
-    folder = tmp_path / "in"
-    for i in range(20):
-        draw(folder / ["", "sub", "sub/deep"][i % 3] / f"{i:02}.{['png', 'jpg', 'webp'][i % 3]}", 20 + 7 * i, 100 - 3 * i, seed=i)
-    return folder
 
 
 class TestFolder:

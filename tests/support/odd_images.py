@@ -1,7 +1,7 @@
 """Image files as they come in the wild: odd but fine, damaged, or no images at all.
 
 A plain module that writes the files with Pillow and zlib alone, so that what reads them is tested by something else than itself.
-Loaded by tests/conftest.py, which offers the result as the fixture `odd_images`.
+tests/conftest.py offers the result as the fixture `odd_images`.
 """
 
 import io
