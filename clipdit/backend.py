@@ -161,6 +161,22 @@ def builtin_checkpoint() -> Path:
     return Path(str(files("clipdit") / "assets" / "edges2emoji"))
 
 
+BUILT_IN = "built-in"
+"""How a user names that checkpoint, its VAE or its CLIP."""
+
+
+def locate(name: str) -> str:
+    """A checkpoint, VAE or CLIP as the user names it: a folder or a hub id, with "built-in" for the package's own.
+
+    ValueError where an installation has none."""
+    if name != BUILT_IN:
+        return name
+    folder = builtin_checkpoint()
+    if not (folder / "model_index.json").exists():
+        raise ValueError("this installation has no built-in checkpoint; name another, by folder or hub id")
+    return str(folder)
+
+
 def available_backends(folder: Path | str | None = None, *, unasked: bool = False) -> dict[str, str | None]:
     """Every installed backend by name, the preferred first: None when it can open this folder here, else the reason why not.
 
@@ -209,7 +225,7 @@ def open_backend(
 
 
 def _as_folder(folder: Path | str | None) -> Path:
-    return builtin_checkpoint() if folder is None else Path(folder)
+    return builtin_checkpoint() if folder is None else Path(locate(str(folder)))
 
 
 def _classes(name: str | None = None) -> tuple[dict[str, BackendClass], dict[str, str]]:

@@ -6,6 +6,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from clipdit.backend import BUILT_IN
 from clipdit.data.augment import Augment
 from clipdit.diffusion import DDPM
 from clipdit.experiment import (
@@ -18,9 +19,6 @@ from clipdit.experiment import (
     TranslationExperiment,
 )
 from clipdit.train.loop import TrainSettings
-
-BUILT_IN = "built-in"
-"""The VAE and CLIP of the checkpoint that comes with the package."""
 
 
 def emoji_vae() -> AutoencoderExperiment:

@@ -76,7 +76,7 @@ def evaluate(
         fit: how: pad adds a border, crop keeps the centre, stretch distorts.
         faithfulness: what is compared with the source. auto: edges if the sources are drawings, else CLIP embeddings.
         tolerance: how far an edge may lie from its line, pixels; 1 px for every 64 px of the side if not given.
-        clip: folder or hub id of the CLIP that judges; the model's own if not given.
+        clip: folder or hub id of the CLIP that judges, "built-in" for the package's own; the model's if not given.
         rows: rows of the contact sheet.
         floors_only: measure no model, only the source itself, the mean target and the real targets.
         json: print the file's content.
@@ -178,17 +178,21 @@ def _translate_with(translator: "Translator", sampling: dict) -> Callable[["torc
 
 def _judges(translator: "Translator | None", model: str | None, device: str | None, clip: str | None) -> "Judges":
     """Networks on the model's device, with the CLIP asked for, or else the one in the model's folder."""
-    from clipdit.backend import builtin_checkpoint
+    from clipdit.backend import BUILT_IN, locate
     from clipdit.metrics.judges import Judges
 
     place = translator.backend.limits.device if translator is not None else device or "cpu"
-    folder = (Path(model) if model else builtin_checkpoint()) / "image_encoder"
-    if clip is None and (translator is None or not folder.is_dir()):
-        owner = "there is no model" if translator is None else "the model's folder holds no image_encoder"
-        return Judges.open(device=place, clip_missing=f"{owner}; name a CLIP with --clip")
+    if clip is not None:
+        where = locate(clip)
+    elif translator is None:
+        return Judges.open(device=place, clip_missing="there is no model; name a CLIP with --clip")
+    else:
+        where = Path(locate(model or BUILT_IN)) / "image_encoder"
+        if not where.is_dir():
+            return Judges.open(device=place, clip_missing="the model's folder holds no image_encoder; name a CLIP with --clip")
     from clipdit.model.clip import ClipImageEncoder, load_clip
 
-    encoder = ClipImageEncoder(load_clip(clip or folder)).to(place).eval()
+    encoder = ClipImageEncoder(load_clip(where)).to(place).eval()
     said = f"CLIP image encoder {clip}" if clip else "CLIP image encoder of the model itself (it conditions the model)"
     return Judges.open(device=place, clip=encoder, clip_name=said)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from clipdit.files import write_atomically
@@ -49,8 +49,8 @@ class DecoderSettings:
     adversary_weight: float = 0.0
     """Factor of the adversarial loss, from a discriminator of patches that learns beside; 0 has none."""
     latent_noise: float = 0.2
-    """Noise added to a latent before it is decoded: up to this share of its channels' standard deviation, another share for each
-    image."""
+    """Noise added to a latent before it is decoded: up to this share of its channels' standard deviation over images of the same
+    side, another share for each image."""
     recolour: float = 0.15
     """Share of the crops with red, green and blue exchanged and turned by quarters: few images, many to learn from."""
 
@@ -109,11 +109,23 @@ class AutoencoderSettings(DecoderSettings):
         )
 
 
-def roughness(latent: Latent) -> Float[Tensor, "B"]:
+def variance_of_side(latent: Latent, is_source: Bool[Tensor, "B"]) -> Float[Tensor, "B C"]:
+    """Of each channel, over the images of the same side. Were it over both sides, an encoder could make noise and roughness small
+    for nothing, by moving the sources far from the targets; and it did (docs/results.md)."""
+    variance = latent.new_zeros(latent.shape[:2])
+    for side in (is_source, ~is_source):  # by a mask: shapes must not depend on the data
+        mask = side.to(latent.dtype).reshape(-1, 1, 1, 1)
+        count = mask.sum() * latent[0, 0].numel()
+        centred = mask * (latent - (mask * latent).sum((0, 2, 3), keepdim=True) / count.clamp(min=1))
+        variance = variance + mask.reshape(-1, 1) * centred.square().sum((0, 2, 3)) / (count - 1).clamp(min=1)
+    return variance
+
+
+def roughness(latent: Latent, variance: Float[Tensor, "B C"]) -> Float[Tensor, "B"]:
     """Mean squared difference of neighbouring cells over that of unrelated ones, twice the variance of the channel: 1 for white
     noise, 0 for a constant; 1 - their correlation."""
     steps = latent.diff(dim=-1).square().mean((2, 3)) + latent.diff(dim=-2).square().mean((2, 3))  # (B, C)
-    return (steps / (4 * latent.var((0, 2, 3))).clamp(min=1e-6)).mean(1)  # a channel may be constant
+    return (steps / (4 * variance).clamp(min=1e-6)).mean(1)  # a channel may be constant
 
 
 class AutoencoderModule(nn.Module):
@@ -134,13 +146,13 @@ class AutoencoderModule(nn.Module):
         image = to_float(batch["image"]).to(memory_format=torch.channels_last)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
             latent = self.autoencoder.encode(image, at_once=True).float()
-        # relative to the latents' own spread: else the encoder would drown the noise by larger latents
-        spread = latent.detach().std((0, 2, 3), keepdim=True)
-        given = latent + batch["strength"].reshape(-1, 1, 1, 1) * spread * batch["noise"]
+        # noise relative to the latents' own deviation: else the encoder would drown it by larger latents
+        variance = variance_of_side(latent, batch["is_source"])
+        given = latent + (batch["strength"][:, None] * variance.detach().sqrt())[:, :, None, None] * batch["noise"]
         output = self.autoencoder.decode(given, at_once=True).float()
         losses = {"l1": (output - image).abs().mean((1, 2, 3)), "mse": (output - image).square().mean((1, 2, 3))}
         if not self.decoder_only:
-            losses["roughness"] = roughness(latent)
+            losses["roughness"] = roughness(latent, variance)
         if self.discriminator is not None:
             losses |= adversarial_losses(self.discriminator, output, image)
         if self.perceptual is not None:
@@ -195,6 +207,7 @@ class AutoencoderTask:
         mixed = torch.randperm(self.batch, generator=generator)  # so that every process, and the perceptual network, has of both
         return {
             "image": torch.cat(crops)[mixed],
+            "is_source": mixed < sources,
             "noise": torch.randn((self.batch, *self.latent_shape), generator=generator),
             "strength": settings.latent_noise * torch.rand(self.batch, generator=generator),
         }

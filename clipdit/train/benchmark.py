@@ -22,6 +22,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
 
+from clipdit.backend import locate
 from clipdit.data.augment import Augment
 from clipdit.data.cache import LatentCache, build_cache
 from clipdit.data.layouts import Pair
@@ -31,7 +32,7 @@ from clipdit.model.autoencoder import Autoencoder, load_vae
 from clipdit.model.clip import ClipImageEncoder, load_clip
 from clipdit.provenance import provenance
 from clipdit.train.loop import resolve_precision, train
-from clipdit.train.runs import locate, translation_task
+from clipdit.train.runs import translation_task
 from clipdit.train.task import Batch, Task
 from clipdit.train.translation import LossSettings
 

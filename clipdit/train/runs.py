@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import CLIPVisionModelWithProjection
 
-from clipdit.backend import builtin_checkpoint
+from clipdit.backend import locate
 from clipdit.data.cache import build_cache, fingerprint
 from clipdit.data.layouts import Pair
 from clipdit.data.pairs import PairSet, find_pairs
@@ -31,7 +31,7 @@ from clipdit.model.autoencoder import VAE, Autoencoder, is_of_decoder, load_vae
 from clipdit.model.clip import ClipImageEncoder, load_clip
 from clipdit.model.dit import DiT
 from clipdit.pipeline import ClipDiTPipeline, load_checkpoint
-from clipdit.presets import BUILT_IN, PRESETS
+from clipdit.presets import PRESETS
 from clipdit.train import card
 from clipdit.train.autoencoder import AutoencoderTask
 from clipdit.train.clip import ClipTask, read_captions
@@ -133,16 +133,6 @@ def _check_free(out: Path) -> None:
         return
     hint = "add --resume to go on, or give another folder" if STATE_FILE in names else "give a new or empty folder"
     raise ValueError(f"{out} is there already; {hint}")
-
-
-def locate(part: str) -> str:
-    """A VAE or CLIP as the user names it; "built-in" is the package's own."""
-    if part != BUILT_IN:
-        return part
-    folder = builtin_checkpoint()
-    if not (folder / "model_index.json").exists():
-        raise ValueError("this installation has no built-in checkpoint; give --vae and --clip, by folder or hub id")
-    return str(folder)
 
 
 def check_size(settings: PairSettings, downscale: int, patch: int) -> None:

@@ -105,9 +105,12 @@ class TranslationModule(nn.Module):
         error = (prediction - noised.prediction_target).square().mean((1, 2, 3))
         losses = {"reconstruction": noised.weight * error}
         if self.loss.pixels:
-            losses |= self._pixel_losses(batch, noised.x, noised.t, prediction)
+            losses |= self._pixel_losses(batch, noised.x, noised.t, prediction)  # pyright: ignore[reportCallIssue]  (the decorator)
         return losses
 
+    # Outside of what --train.compile compiles: another number of images in every step means minutes of compiling, and PyTorch
+    # 2.15 cannot compile the gradient of CLIP's bicubic resizing of a batch whose size changes.
+    @torch.compiler.disable
     def _pixel_losses(self, batch: Batch, x: Tensor, t: Tensor, prediction: Tensor) -> Losses:
         """Per image; 0 where the gate is closed. Divided by the share of images looked at, so factors do not depend on it."""
         assert self.autoencoder is not None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clipdit.backend import available_backends, builtin_checkpoint, open_backend
+from clipdit.backend import available_backends, builtin_checkpoint, locate, open_backend
 from clipdit.diffusion import DDPM
 from clipdit.images import to_float
 from clipdit.model.dit import DiT
@@ -160,3 +160,11 @@ def test_devices_and_dtypes_that_are_not_there_are_named(folder):
 
 def test_built_in_checkpoint_lies_in_the_package():
     assert builtin_checkpoint().parts[-3:] == ("clipdit", "assets", "edges2emoji")
+    assert locate("built-in") == str(builtin_checkpoint())
+    assert locate("somewhere/else") == "somewhere/else"
+
+
+def test_an_installation_without_a_built_in_checkpoint_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipdit.backend.builtin_checkpoint", lambda: tmp_path)
+    with pytest.raises(ValueError, match="this installation has no built-in checkpoint; name another, by folder or hub id"):
+        open_backend("built-in")

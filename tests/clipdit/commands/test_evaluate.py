@@ -143,3 +143,11 @@ def test_a_clip_that_is_named_judges(data, tmp_path, monkeypatch):
     assert rows["copy_source"]["faithfulness"]["clip_similarity_to_source"] == pytest.approx(1, abs=1e-4)
     assert -1 <= rows["mean_target"]["faithfulness"]["clip_similarity_to_source"] < 1
     assert "edge_f1" in rows["real"]["faithfulness"]
+
+
+def test_the_built_in_clip_judges_by_its_name(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipdit.metrics.judges.NETWORKS", {})
+    assert evaluate("--data", data, "--out", tmp_path / "x.json", "--floors-only", "--size", 48, "--clip", "built-in") == 0
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert "clip_similarity_to_target" in report["rows"]["copy_source"]["distance_to_target"]
+    assert "CLIP image encoder built-in" in json.dumps(report)

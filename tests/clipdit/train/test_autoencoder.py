@@ -12,7 +12,7 @@ from clipdit.images import to_float
 from clipdit.model.autoencoder import VAE, Autoencoder, load_vae
 from clipdit.model.patch_autoencoder import PatchAutoencoder
 from clipdit.model.taef2 import Taef2
-from clipdit.train.autoencoder import AutoencoderSettings, AutoencoderTask, DecoderSettings, roughness
+from clipdit.train.autoencoder import AutoencoderSettings, AutoencoderTask, DecoderSettings, roughness, variance_of_side
 from clipdit.train.loop import TrainSettings, train
 from clipdit.train.record import read_history
 
@@ -62,8 +62,9 @@ def test_a_batch_holds_its_share_of_sources_in_random_places_and_is_a_function_o
         assert all(torch.equal(tensor, again.draw(step)[name]) for name, tensor in batch.items())
         assert batch["image"].shape == (8, 3, 16, 16) and batch["noise"].shape == (8, 4, 8, 8)
         assert batch["strength"].min() >= 0 and batch["strength"].max() <= 0.3
+        assert torch.equal(batch["is_source"], batch["image"].flatten(1).max(1).values < 100)
     assert max(batch["strength"].max() for batch in drawn) > 0.2
-    places = [tuple((batch["image"].flatten(1).max(1).values < 100).tolist()) for batch in drawn]
+    places = [tuple(batch["is_source"].tolist()) for batch in drawn]
     assert [sum(place) for place in places] == 4 * [sources]
     assert len(set(places)) == (1 if share in (0, 1) else 4)
     assert not torch.equal(drawn[0]["image"], drawn[1]["image"])
@@ -79,7 +80,7 @@ def test_a_fresh_vae_begins_with_the_components_of_the_training_targets():
 
 
 @pytest.mark.parametrize("settings, make", [(FRESH, None), (DECODER, kl), (DECODER, patches)])
-def test_losses_are_what_they_are_called_and_noise_is_relative_to_the_spread_of_latents(settings, make):
+def test_losses_are_what_they_are_called_and_noise_is_relative_to_the_deviation_of_latents_of_that_side(settings, make):
     task = make_task(settings, make and make())
     batch = task.draw(0)
     autoencoder = task.module.autoencoder
@@ -87,7 +88,10 @@ def test_losses_are_what_they_are_called_and_noise_is_relative_to_the_spread_of_
         losses = task.module(batch)
         image = to_float(batch["image"])
         latent = autoencoder.encode(image)
-        noise = batch["strength"][:, None, None, None] * latent.std((0, 2, 3))[:, None, None] * batch["noise"]
+        noise = batch["strength"][:, None, None, None] * batch["noise"]
+        for side in (batch["is_source"], ~batch["is_source"]):
+            if side.any():
+                noise[side] *= latent[side].std((0, 2, 3))[:, None, None]
         output = autoencoder.decode(latent + noise)
     assert losses.keys() == {"l1", "mse"} | (set() if make else {"roughness"})
     torch.testing.assert_close(losses["l1"], (output - image).abs().mean((1, 2, 3)), rtol=1e-3, atol=1e-4)
@@ -95,20 +99,36 @@ def test_losses_are_what_they_are_called_and_noise_is_relative_to_the_spread_of_
 
 
 def test_roughness_is_one_less_the_correlation_of_neighbours():
+    def rough(latent: torch.Tensor) -> torch.Tensor:
+        return roughness(latent, latent.var((0, 2, 3)).expand(len(latent), -1))
+
     generator = torch.Generator().manual_seed(0)
     white = torch.randn(8, 4, 64, 64, generator=generator) * torch.tensor([1.0, 5.0, 0.1, 2.0])[:, None, None]
-    torch.testing.assert_close(roughness(white), torch.ones(8), rtol=0.03, atol=0)
+    torch.testing.assert_close(rough(white), torch.ones(8), rtol=0.03, atol=0)
     smooth = torch.nn.functional.avg_pool2d(white, (1, 2), stride=1)  # correlation 1/2 along the row, 0 along the column
-    torch.testing.assert_close(roughness(smooth), torch.full((8,), 0.75), rtol=0.05, atol=0)
-    torch.testing.assert_close(roughness(7 * smooth - 3), roughness(smooth), rtol=1e-3, atol=1e-4)
-    assert torch.equal(roughness(torch.ones(2, 3, 4, 4)), torch.zeros(2))
+    torch.testing.assert_close(rough(smooth), torch.full((8,), 0.75), rtol=0.05, atol=0)
+    torch.testing.assert_close(rough(7 * smooth - 3), rough(smooth), rtol=1e-3, atol=1e-4)
+    assert torch.equal(rough(torch.ones(2, 3, 4, 4)), torch.zeros(2))
+
+
+@pytest.mark.parametrize("sources", [[], [1, 2, 5], [0, 1, 2, 3, 4, 5]])
+def test_sources_far_from_targets_gain_nothing(sources: list[int]):
+    """The variance is that of one side, wherever the other side is."""
+    latent = torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    is_source = torch.zeros(6, dtype=torch.bool)
+    is_source[sources] = True
+    latent[sources] = 5 * latent[sources] + 100
+    variance = variance_of_side(latent, is_source)
+    for side in (is_source, ~is_source):
+        if side.any():
+            torch.testing.assert_close(variance[side], latent[side].var((0, 2, 3)).expand(int(side.sum()), -1), rtol=1e-4, atol=0)
 
 
 def test_an_encoder_learns_smoother_latents_where_they_are_asked_for(tmp_path: Path):
     rough = {}
     for weight in (0.0, 1.0):
         task = make_task(replace(FRESH, roughness_weight=weight, latent_noise=0.0))
-        train(task, train_settings(steps=40, lr=3e-3), tmp_path / str(weight), experiment={})
+        train(task, train_settings(steps=100, lr=3e-3), tmp_path / str(weight), experiment={})
         rough[weight] = read_history(tmp_path / str(weight))[-1]["loss/roughness"]
     assert rough[1.0] < 0.7 * rough[0.0]
 
