@@ -66,8 +66,6 @@ class ModelSettings:
     """Before each branch."""
     positions: Positions = "rope"
     """rope works at any size; sincos is DiT's, a little faster."""
-    local: bool = False
-    """A 3 x 3 depthwise convolution over the tokens beside every self-attention."""
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "patch"):

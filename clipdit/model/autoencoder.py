@@ -1,5 +1,4 @@
-"""The autoencoder between pixels and latents: diffusers' AutoencoderKL or AutoencoderTiny, by folder or hub id, Taef2, or
-our own PatchAutoencoder.
+"""The autoencoder between pixels and latents: diffusers' AutoencoderKL or AutoencoderTiny, by folder or hub id, or Taef2.
 
 `Autoencoder` hides what differs among them (sampling or not, [0, 1] or [-1, 1], scale): latents come out standardised by channel,
 about unit variance, with the mean and standard deviation measured on the training targets.
@@ -16,12 +15,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import Tensor, nn
 
-from clipdit.model.patch_autoencoder import PatchAutoencoder
 from clipdit.model.taef2 import Taef2
 from clipdit.model.weights import hub_errors, load_diffusers, read_json
 from clipdit.shapes import Image, Latent
 
-VAE = AutoencoderKL | AutoencoderTiny | Taef2 | PatchAutoencoder
+VAE = AutoencoderKL | AutoencoderTiny | Taef2
 
 
 class Autoencoder(nn.Module):
@@ -59,8 +57,6 @@ class Autoencoder(nn.Module):
     def downscale(self) -> int:
         """Pixels per latent cell along one side."""
         config = self.vae.config
-        if isinstance(self.vae, PatchAutoencoder):
-            return int(config["patch"])
         levels = len(config.get("block_out_channels") or config["encoder_block_out_channels"])
         return 2 ** (levels - 1)
 
@@ -109,7 +105,7 @@ def is_of_decoder(name: str) -> bool:
     return name.startswith(("decoder.", "post_quant_conv."))
 
 
-KINDS: dict[str, type[VAE]] = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, Taef2, PatchAutoencoder)}
+KINDS: dict[str, type[VAE]] = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, Taef2)}
 
 
 def load_vae(where: str | Path) -> VAE:

@@ -95,7 +95,7 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention (if the block has one), MLP; each a residual branch (adaLN-Zero)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, norm: Norm, local: bool, token_width: int | None):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, norm: Norm, token_width: int | None):
         super().__init__()
         hidden = int(width * mlp_ratio)
         self.heads, self.norm = heads, norm
@@ -103,7 +103,6 @@ class Block(nn.Module):
         self.out = nn.Linear(width, width)
         self.q_norm = nn.Parameter(torch.ones(width // heads)) if qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(width // heads)) if qk_norm else None
-        self.local = nn.Parameter(torch.zeros(width, 1, 3, 3)) if local else None
         self.cross = CrossAttention(width, heads, token_width) if token_width else None
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
@@ -114,14 +113,12 @@ class Block(nn.Module):
         modulation: Float[Tensor, "B six D"],
         keys_values: tuple[Tensor, Tensor] | None,
         rotary: tuple[Tensor, Tensor] | None,
-        rows: int,
     ) -> Tokens:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, :, None].unbind(1)  # each (B, 1, D)
         normed = ops.norm_modulate(x, shift1, scale1, norm=self.norm)
-        mixed = ops.qkv_attention(self.qkv(normed), heads=self.heads, q_weight=self.q_norm, k_weight=self.k_norm, rotary=rotary)
-        if self.local is not None:
-            mixed = mixed + ops.local_mix(normed, self.local, rows=rows)
-        branch = self.out(mixed)
+        branch = self.out(
+            ops.qkv_attention(self.qkv(normed), heads=self.heads, q_weight=self.q_norm, k_weight=self.k_norm, rotary=rotary)
+        )
         if self.cross is not None and keys_values is not None:
             x = ops.gate_residual(x, branch, gate1)
             x = x + self.cross(ops.layer_norm(x) if self.norm == "layer" else ops.rms_norm(x), *keys_values).to(x.dtype)
@@ -145,8 +142,6 @@ class DiT(ModelMixin, ConfigMixin):
         clip_token_width: E. `clip_embedding_width`: P. Unused with conditioning "concat".
         qk_norm: RMSNorm on queries and keys. `norm`: the normalisation before each branch. `positions`: "rope" takes any size
             well, "sincos" is DiT's.
-        local: a depthwise 3 x 3 convolution over the grid of tokens beside self-attention, as on the values in CSWin (Dong et al.
-            2022); attention alone takes long to learn that neighbours belong together.
     """
 
     _supports_gradient_checkpointing = True
@@ -169,7 +164,6 @@ class DiT(ModelMixin, ConfigMixin):
         qk_norm: bool = True,
         norm: Norm = "layer",
         positions: Positions = "rope",
-        local: bool = False,
     ):
         super().__init__()
         for name, given, known in (
@@ -196,7 +190,7 @@ class DiT(ModelMixin, ConfigMixin):
         self.modulation_table = nn.Parameter(torch.zeros(depth, 6, width))  # adaLN-single, Chen et al. 2023 (PixArt-alpha)
         every = cross_attention_every if self.reads_clip else 0
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio, qk_norm, norm, local, clip_token_width if every and i % every == 0 else None)
+            Block(width, heads, mlp_ratio, qk_norm, norm, clip_token_width if every and i % every == 0 else None)
             for i in range(depth)
         )
         self.final_in = nn.Linear(width, 2 * width)
@@ -255,7 +249,7 @@ class DiT(ModelMixin, ConfigMixin):
         else:
             tokens = tokens + ops.sincos_positions(rows, columns, self.config["width"], x.device).to(tokens.dtype)
         for i, block in enumerate(self.blocks):
-            arguments = (tokens, modulation.blocks[:, i], context.keys_values[i], rotary, rows)
+            arguments = (tokens, modulation.blocks[:, i], context.keys_values[i], rotary)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:

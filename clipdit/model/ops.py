@@ -101,13 +101,6 @@ def qkv_attention(
     return rearrange(attend(q, k, v), "B heads N d -> B N (heads d)")
 
 
-def local_mix(x: Rows, weight: Float[Tensor, "D 1 3 3"], *, rows: int) -> Rows:
-    """Each token's 3 x 3 neighbours, weighted for every channel by itself: a depthwise convolution over the grid of `rows` x
-    N / rows tokens, zeros around it."""
-    grid = rearrange(x, "B (h w) D -> B D h w", h=rows)  # a view: tokens are a channels-last picture
-    return rearrange(F.conv2d(grid, weight, padding=1, groups=weight.shape[0]), "B D h w -> B (h w) D")
-
-
 def patchify(x: Float[Tensor, "B C h w"], patch: int) -> Float[Tensor, "B N K"]:
     """Latent -> tokens in row-major order, K = patch * patch * C with the channel slowest."""
     return rearrange(x, "B C (h p) (w q) -> B (h w) (C p q)", p=patch, q=patch)

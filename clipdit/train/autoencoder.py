@@ -1,15 +1,15 @@
 """Trains a VAE on images of pairs: a fresh one from nothing, or the decoder of one that is there.
 
-Loss (Esser et al. 2021): L1, a perceptual distance and an adversary. There is no KL term: noise on the latents, relative to their
-spread, keeps them from hiding what matters in small differences. What a DiT predicts is never quite a latent; a decoder that saw
-clean ones alone makes patches and smears of that. A fresh VAE also pays for neighbouring latents that differ: a DiT learns smooth
-ones sooner (docs/results.md).
+Loss (Esser et al. 2021): L1, a perceptual distance, an adversary if asked for and, for a fresh VAE, a faint KL term. What a DiT
+predicts is never quite a latent, and a decoder that saw clean ones alone makes patches and smears of that: it sees noised ones.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
+from diffusers import AutoencoderKL
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
@@ -17,7 +17,6 @@ from clipdit.files import write_atomically
 from clipdit.images import to_float, to_u8, write_image
 from clipdit.losses import PerceptualKind, PerceptualLoss
 from clipdit.model.autoencoder import VAE, Autoencoder, is_of_decoder
-from clipdit.model.patch_autoencoder import PatchAutoencoder
 from clipdit.shapes import Latent
 from clipdit.sheets import contact_sheet
 from clipdit.train.crops import draw_crops
@@ -29,9 +28,6 @@ from clipdit.train.task import Batch, Losses
 EVERY = 4
 """One crop in so many goes before the perceptual network, which costs more than a small VAE.
 Several processes are as one where each has a multiple of this many crops."""
-
-TRANSFORMED = 512
-"""Images, at most, from which the linear transform of a fresh VAE is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,49 +65,50 @@ class AutoencoderSettings(DecoderSettings):
 
     source_share: float = 0.25
     """Share of sources among the crops, whose latents tell the DiT of the source; the others are targets."""
-    latent_noise: float = 0.3
-    """Noise added to a latent before it is decoded: up to this share of its channels' standard deviation."""
-    roughness_weight: float = 0.03
-    """Factor of the mean squared difference of neighbouring latents, as a share of that of unrelated ones."""
-    latent_channels: int = 32
-    channels: tuple[int, ...] = (64, 64, 128)
-    """Width at 1/2, 1/4 ... of the size; the last is that of the latents. Multiples of 4."""
-    encoder_layers: tuple[int, ...] = (1, 1, 1)
-    """Residual blocks there, in the encoder."""
-    decoder_layers: tuple[int, ...] = (1, 2, 4)
-    """And in the decoder."""
+    kl_weight: float = 1e-4
+    """Factor of the KL divergence to a unit Gaussian, summed over a latent cell's channels, mean over cells."""
+    latent_channels: int = 16
+    channels: tuple[int, ...] = (32, 64, 96, 96)
+    """Width at each resolution, from full to lowest; one level fewer halvings. Multiples of 8."""
+    layers: int = 1
+    """Residual blocks a level in the encoder; the decoder has one more."""
 
     @property
     def downscale(self) -> int:
         """Pixels per latent cell along one side."""
-        return 2 ** len(self.channels)
+        return 2 ** (len(self.channels) - 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.roughness_weight < 0:
-            raise ValueError(f"model.roughness_weight is {self.roughness_weight}; wanted 0 or more")
-        if self.latent_channels < 1:
-            raise ValueError(f"model.latent_channels is {self.latent_channels}; wanted at least 1")
-        try:
-            with torch.device("meta"):
-                self.make()
-        except ValueError as error:
-            raise ValueError(f"model: {error}") from error
+        if not self.channels or min(self.channels) < 8 or any(width % 8 for width in self.channels):
+            raise ValueError(f"model.channels are {self.channels}; wanted multiples of 8, one for each resolution")
+        for name in ("latent_channels", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; wanted at least 1")
+        if self.kl_weight < 0:
+            raise ValueError(f"model.kl_weight is {self.kl_weight}; wanted 0 or more")
 
-    def make(self) -> PatchAutoencoder:
+    def make(self) -> AutoencoderKL:
         """A fresh autoencoder."""
-        return PatchAutoencoder(
+        levels = len(self.channels)
+        return AutoencoderKL(  # diffusers types tuples of any length as tuples of one
+            down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+            up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+            block_out_channels=self.channels,  # pyright: ignore[reportArgumentType]
+            layers_per_block=self.layers,
             latent_channels=self.latent_channels,
-            patch=self.downscale,
-            channels=self.channels,
-            encoder_layers=self.encoder_layers,
-            decoder_layers=self.decoder_layers,
+            norm_num_groups=8,
+            mid_block_add_attention=False,  # one head as wide as the level: no fused kernel takes it
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=1.0,  # latents are standardised by channel instead, see clipdit.model.autoencoder
+            force_upcast=False,
         )
 
 
 def variance_of_side(latent: Latent, is_source: Bool[Tensor, "B"]) -> Float[Tensor, "B C"]:
-    """Of each channel, over the images of the same side. Were it over both sides, an encoder could make noise and roughness small
-    for nothing, by moving the sources far from the targets; and it did (docs/results.md)."""
+    """Of each channel, over the images of the same side. Were it over both, an encoder could make noise that is relative to it
+    small for nothing, by moving the sources far from the targets."""
     variance = latent.new_zeros(latent.shape[:2])
     for side in (is_source, ~is_source):  # by a mask: shapes must not depend on the data
         mask = side.to(latent.dtype).reshape(-1, 1, 1, 1)
@@ -119,13 +116,6 @@ def variance_of_side(latent: Latent, is_source: Bool[Tensor, "B"]) -> Float[Tens
         centred = mask * (latent - (mask * latent).sum((0, 2, 3), keepdim=True) / count.clamp(min=1))
         variance = variance + mask.reshape(-1, 1) * centred.square().sum((0, 2, 3)) / (count - 1).clamp(min=1)
     return variance
-
-
-def roughness(latent: Latent, variance: Float[Tensor, "B C"]) -> Float[Tensor, "B"]:
-    """Mean squared difference of neighbouring cells over that of unrelated ones, twice the variance of the channel: 1 for white
-    noise, 0 for a constant; 1 - their correlation."""
-    steps = latent.diff(dim=-1).square().mean((2, 3)) + latent.diff(dim=-2).square().mean((2, 3))  # (B, C)
-    return (steps / (4 * variance).clamp(min=1e-6)).mean(1)  # a channel may be constant
 
 
 class AutoencoderModule(nn.Module):
@@ -144,15 +134,21 @@ class AutoencoderModule(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         image = to_float(batch["image"]).to(memory_format=torch.channels_last)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
-            latent = self.autoencoder.encode(image, at_once=True).float()
-        # noise relative to the latents' own deviation: else the encoder would drown it by larger latents
-        variance = variance_of_side(latent, batch["is_source"])
-        given = latent + (batch["strength"][:, None] * variance.detach().sqrt())[:, :, None, None] * batch["noise"]
+        losses: Losses = {}
+        if self.decoder_only:
+            with torch.no_grad():
+                latent = self.autoencoder.encode(image, at_once=True).float()
+            variance = torch.zeros_like(latent)
+        else:
+            latent, log_variance = cast(Tensor, self.autoencoder.vae.encoder(image)).float().chunk(2, dim=1)
+            log_variance = log_variance.clamp(-20, 10)
+            variance = log_variance.exp()
+            losses["kl"] = 0.5 * (latent.square() + variance - 1 - log_variance).sum(1).mean((1, 2))
+        # relative to the latents' own deviation: else the encoder would drown the noise by larger latents
+        added = batch["strength"][:, None].square() * variance_of_side(latent.detach(), batch["is_source"])
+        given = latent + (variance + added[:, :, None, None]).sqrt() * batch["noise"]
         output = self.autoencoder.decode(given, at_once=True).float()
-        losses = {"l1": (output - image).abs().mean((1, 2, 3)), "mse": (output - image).square().mean((1, 2, 3))}
-        if not self.decoder_only:
-            losses["roughness"] = roughness(latent, variance)
+        losses |= {"l1": (output - image).abs().mean((1, 2, 3)), "mse": (output - image).square().mean((1, 2, 3))}
         if self.discriminator is not None:
             losses |= adversarial_losses(self.discriminator, output, image)
         if self.perceptual is not None:
@@ -181,13 +177,17 @@ class AutoencoderTask:
         torch.manual_seed(seed)
         self.settings, self.batch, self.seed = settings, batch, seed
         self.sides, self.examples = train.unbind(1), val[:6].flatten(0, 1)
-        self.vae = _fresh(settings, train) if vae is None else vae
+        decoder_only = vae is not None
+        if vae is None:
+            assert isinstance(settings, AutoencoderSettings), "only these tell of a network"
+            vae = settings.make()
+        self.vae = vae
         nn.Module.to(self.vae, memory_format=torch.channels_last)
-        self.module = AutoencoderModule(self.vae, settings, decoder_only=vae is not None)
+        self.module = AutoencoderModule(self.vae, settings, decoder_only=decoder_only)
         self.weights = {"l1": 1.0, "perceptual": settings.perceptual_weight}
         self.weights |= {"adversary": settings.adversary_weight, "discriminator": 1.0}
         if isinstance(settings, AutoencoderSettings):
-            self.weights["roughness"] = settings.roughness_weight
+            self.weights["kl"] = settings.kl_weight
         edges = [min(settings.crop or edge, edge) for edge in train.shape[-2:]]
         cells = self.module.autoencoder.downscale
         if any(edge % cells for edge in edges):
@@ -227,11 +227,3 @@ class AutoencoderTask:
         autoencoder = self.module.autoencoder
         images = to_float(self.examples.to(self.vae.device))
         return to_u8(autoencoder.decode(autoencoder.encode(images)).float()).cpu()
-
-
-def _fresh(settings: DecoderSettings, train: UInt8[Tensor, "n 2 3 H W"]) -> PatchAutoencoder:
-    """A VAE to begin with: the linear transform of the training targets."""
-    assert isinstance(settings, AutoencoderSettings), "only these tell of a network"
-    vae = settings.make()
-    vae.begin_with(to_float(train[:: -(-len(train) // TRANSFORMED), 1]))
-    return vae

@@ -130,7 +130,7 @@ def test_the_result_is_told_as_json_or_as_a_line(calls: list[dict], capsys: pyte
         ),
         (["edges2emoji", *HERE, "--drop-condition", "2"], "drop_condition is 2.0; wanted a share in [0, 1]"),
         (["edges2emoji", *HERE, "--objective.std", "0"], "std is 0.0; wanted a finite number above 0"),
-        (["emoji_vae", *HERE, "--model.channels", "7"], "Error parsing experiment.model: model: patch 2 halves the size 1 times"),
+        (["emoji_vae", *HERE, "--model.channels", "7"], "Error parsing experiment.model: model.channels are (7,)"),
         (["vae_decoder", *HERE, "--model.recolour", "2"], "Error parsing experiment.model: model.recolour is 2.0"),
         (["emoji_clip", *HERE, "--model.width", "100"], "Error parsing experiment.model: model.width is 100"),
     ],

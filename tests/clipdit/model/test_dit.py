@@ -109,7 +109,7 @@ def test_cross_attention_sits_in_every_nth_block():
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-@pytest.mark.parametrize("options", [{}, {"norm": "rms", "qk_norm": False, "positions": "sincos", "local": True}])
+@pytest.mark.parametrize("options", [{}, {"norm": "rms", "qk_norm": False, "positions": "sincos"}])
 def test_training_starts_from_zero_and_soon_moves_every_parameter(conditioning, options):
     dit = fresh(conditioning=conditioning, **options).train()
     x, t, condition = inputs(batch=4)
@@ -169,17 +169,6 @@ def test_the_null_condition_gives_finite_numbers_and_gradients(conditioning, dty
     assert all(p.grad.isfinite().all() for p in dit.parameters() if p.grad is not None)
     with torch.no_grad():
         assert not torch.equal(dit(x.to(dtype), t, condition.map(lambda z: z.to(dtype))), out)
-
-
-def test_local_mixing_tells_a_block_of_its_neighbours_on_the_grid():
-    dit, plain = awake(depth=1, local=True), awake(depth=1)
-    assert {name for name in dit.state_dict() if name not in plain.state_dict()} == {"blocks.0.local"}
-    plain.load_state_dict({name: value for name, value in dit.state_dict().items() if name != "blocks.0.local"})
-    x, t, condition = inputs(batch=1, height=12, width=12)
-    added = (dit(x, t, condition) - plain(x, t, condition)).abs().amax((0, 1))
-    assert added.min() > 0
-    nn.init.zeros_(dit.blocks[0].local)
-    torch.testing.assert_close(dit(x, t, condition), plain(x, t, condition))
 
 
 @pytest.mark.parametrize("conditioning", ["concat", "both"])

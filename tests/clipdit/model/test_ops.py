@@ -1,7 +1,5 @@
 """The plain operations, each against its formula in float64."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -207,19 +205,6 @@ def test_fixed_positions_are_those_of_dit_with_the_axes_exchanged():
     wanted = torch.cat((wanted[:, 16:], wanted[:, :16]), dim=-1).float().reshape(5, 5, 32)
     torch.testing.assert_close(ops.sincos_positions(5, 5, 32).reshape(5, 5, 32), wanted, atol=1e-6, rtol=0)
     torch.testing.assert_close(ops.sincos_positions(3, 5, 32).reshape(3, 5, 32), wanted[:3], atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "columns"), [(3, 5), (4, 1), (1, 4)])
-def test_local_mix_sums_each_tokens_neighbours_for_every_channel(rows, columns, dtype):
-    x, weight = randn(2, rows * columns, 6, dtype=dtype), randn(6, 1, 3, 3, seed=1, dtype=dtype)
-    grid, wanted = x.double().unflatten(1, (rows, columns)), torch.zeros(2, rows, columns, 6, dtype=torch.float64)
-    for r, c, down, across in itertools.product(range(rows), range(columns), (-1, 0, 1), (-1, 0, 1)):
-        if 0 <= r + down < rows and 0 <= c + across < columns:
-            wanted[:, r, c] += grid[:, r + down, c + across] * weight.double()[:, 0, down + 1, across + 1]
-    got = ops.local_mix(x, weight, rows=rows)
-    assert got.dtype == dtype
-    assert_near(got, wanted.flatten(1, 2))
 
 
 def test_fixed_positions_differ_at_every_place():

@@ -160,8 +160,7 @@ def test_a_vae_and_a_clip_are_trained_and_then_used_for_a_translation(tiny_exper
     (data / "names.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     pairs = PairSettings(size=32, augment=Augment(views=1))
     train = TrainSettings(steps=2, batch_size=4, precision="fp32", save_every=1, log_every=1)
-    blocks = {"channels": (8, 8), "encoder_layers": (1, 1), "decoder_layers": (1, 1)}
-    settings = AutoencoderSettings(latent_channels=4, **blocks, crop=16, perceptual=None)
+    settings = AutoencoderSettings(latent_channels=4, channels=(8, 8, 8), crop=16, perceptual=None)
     vae = AutoencoderExperiment(pairs=pairs, model=settings, train=train)
     clip = ClipExperiment(
         pairs=pairs,
