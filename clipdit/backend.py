@@ -134,8 +134,18 @@ class Backend(Protocol):
 class WholeLoop(Protocol):
     """What a backend may also offer: the loop of `clipdit.sampling.sample` in one call (a CUDA graph, an unrolled ONNX graph)."""
 
-    def sample(self, noise: Latent, condition: Condition, table: "SamplingTable") -> Latent:
-        """The end of the loop over `table` from `noise`, without guidance and without noise inside the loop."""
+    def sample(self, noise: Latent, condition: Condition, table: "SamplingTable", *, guidance: float = 1.0) -> Latent:
+        """The end of the guided loop over `table` from `noise`, without noise inside the loop."""
+        ...
+
+
+@runtime_checkable
+class OfVariants(Protocol):
+    """What the class of a backend may also offer: several ways to run one folder, such as fp32 and int8. `open` then takes
+    `variant=NAME`."""
+
+    def variants(self, folder: Path) -> list[str]:
+        """Those that it can open, the best first."""
         ...
 
 
@@ -198,6 +208,7 @@ def open_backend(
     Args:
         folder: a checkpoint or bundle folder, or what a backend takes for one (a hub id); None is the built-in checkpoint.
         name: an entry point of the group `clipdit.backends`; None is the preferred one of those that can open the folder here.
+            "NAME:VARIANT" is one of the variants that a bundle holds.
         device, dtype: None leaves the choice to the backend; `limits` tells what it chose.
 
     Raises:
@@ -208,13 +219,16 @@ def open_backend(
         device = None if device is None else torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device is {device}; wanted cpu, cuda, cuda:1 ...") from error
-    classes, reasons = _classes(name)
+    name, _, variant = (name or "").partition(":")
+    classes, reasons = _classes(name or None)
     for candidate, backend in classes.items():
-        if name is None and backend.preference <= 0:
+        if not name and backend.preference <= 0:
             continue
         reason = backend.why_not(folder)
         if reason is None:
-            opened = backend.open(folder, device=device, dtype=dtype)
+            if variant and not isinstance(backend, OfVariants):
+                raise ValueError(f"the {candidate} backend has no variants; use --backend {candidate}")
+            opened = backend.open(folder, device=device, dtype=dtype, **({"variant": variant} if variant else {}))
             dtype_name = str(opened.limits.dtype).removeprefix("torch.")
             logger.info("%s on the %s backend, %s, %s", folder, candidate, opened.limits.device, dtype_name)
             return opened
@@ -222,6 +236,14 @@ def open_backend(
     if len(set(reasons.values())) == 1:  # the folder is at fault, and each backend says so
         raise ValueError(next(iter(reasons.values())))
     raise ValueError("; ".join(f"the {n} backend cannot be used: {reason}" for n, reason in reasons.items()))
+
+
+def backend_class(name: str) -> BackendClass:
+    """The class behind a name. ValueError for a name that is unknown, or whose package is not installed."""
+    classes, missing = _classes(name)
+    if name in missing:
+        raise ValueError(f"the {name} backend cannot be used: {missing[name]}")
+    return classes[name]
 
 
 def _as_folder(folder: Path | str | None) -> Path:

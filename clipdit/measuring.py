@@ -1,5 +1,6 @@
 """How long a call takes: always a median with its spread, and rivals measured in turns. On what machine: provenance.py."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,8 @@ class Spread:
     """10th percentile."""
     high: float
     """90th percentile."""
+    p95: float
+    """95th percentile; the slowest of all where there are fewer than twenty."""
     count: int
 
     @classmethod
@@ -27,7 +30,11 @@ class Spread:
             raise ValueError("there is nothing to summarise: no measurements")
         last = len(ordered) - 1
         return cls(
-            median=statistics.median(ordered), low=ordered[round(0.1 * last)], high=ordered[round(0.9 * last)], count=len(ordered)
+            median=statistics.median(ordered),
+            low=ordered[round(0.1 * last)],
+            high=ordered[round(0.9 * last)],
+            p95=ordered[math.ceil(0.95 * last)],
+            count=len(ordered),
         )
 
 

@@ -214,6 +214,12 @@ def _read_scheduler(folder: Path, name: str) -> SchedulerMixin:
         return kind.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]  (every scheduler is a ConfigMixin)
 
 
+def load_objective(folder: Path) -> Objective:
+    """What the scheduler in a checkpoint's or bundle's `scheduler/` folder describes. ValueError, one line, when it is damaged or
+    samples in a way that clipdit does not."""
+    return objective_from(_read_scheduler(folder, str(read_json(folder / "scheduler_config.json").get("_class_name"))))
+
+
 def _check_settings(index: dict[str, Any], path: Path) -> None:
     """That what stands beside the parts is of the right kind; ranges that depend on the parts come later."""
 

@@ -219,7 +219,8 @@ def guide(
         if max_batch is not None and 2 * x.shape[0] > max_batch:
             given, blank = velocity(x, t, condition), velocity(x, t, null)
         else:
-            given, blank = velocity(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+            # not by chunk, which would tie an exported graph to the batch it was traced with
+            given, blank = velocity(torch.cat([x, x]), torch.cat([t, t]), both).unflatten(0, (2, x.shape[0]))
         # a difference of near equals, enlarged: not in half precision
         given, blank = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (given, blank))
         return blank + scale * (given - blank)

@@ -26,6 +26,9 @@ from clipdit.shapes import ImageU8, Latent, Time
 Step = Callable[[Tensor, Tensor, Context], Tensor]
 """(x, t, context) -> prediction: what runs at every step."""
 
+VARIANTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What a checkpoint can be opened in by name, as `--backend eager:bf16`."""
+
 
 class EagerBackend:
     """A pipeline as it is, on the device and in the dtype it has. `open` brings one from a folder. Its weights may change
@@ -68,9 +71,25 @@ class EagerBackend:
         return None
 
     @classmethod
-    def open(cls, folder: Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> "EagerBackend":
-        """Load a checkpoint folder. device None is CUDA where there is one, else the CPU; dtype None is bfloat16 on a GPU that
-        computes in it, else float32. ValueError for a folder that is damaged, or a device that is not there."""
+    def variants(cls, folder: Path) -> list[str]:
+        """The types that it can compute in, which are as good as each other for choosing: `open` has its own default."""
+        return list(VARIANTS)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+    ) -> "EagerBackend":
+        """Load a checkpoint folder. device None is CUDA where there is one, else the CPU; dtype None is that of `variant`, else
+        bfloat16 on a GPU that computes in it, else float32. ValueError for a folder that is damaged, or a device that is not
+        there."""
+        if variant is not None and variant not in VARIANTS:
+            raise ValueError(f"the {cls.name} backend has no variant {variant}; there are {', '.join(VARIANTS)}")
+        dtype = VARIANTS[variant] if dtype is None and variant is not None else dtype
         device = best_device() if device is None else device
         _check_device(device)
         dtype = best_dtype(device) if dtype is None else dtype

@@ -116,8 +116,8 @@ class Translator:
         # x is carried in float32 whatever the networks compute in: small steps would lose their bits in bfloat16
         noise = seeded_noise(seeds, limits.latent_shape(height, width), limits.device)
         condition = backend.encode(source_u8.to(limits.device))
-        if isinstance(backend, WholeLoop) and chosen.guidance == 1.0 and not table.stochastic and on_step is None:
-            latent = backend.sample(noise, condition, table)
+        if isinstance(backend, WholeLoop) and not table.stochastic and on_step is None:
+            latent = backend.sample(noise, condition, table, guidance=chosen.guidance)
         else:
             latent = sample(
                 guide(backend.velocity, condition, chosen.guidance, max_batch=limits.max_batch),

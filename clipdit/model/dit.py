@@ -114,7 +114,7 @@ class Block(nn.Module):
         keys_values: tuple[Tensor, Tensor] | None,
         rotary: tuple[Tensor, Tensor] | None,
     ) -> Tokens:
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, :, None].unbind(1)  # each (B, 1, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.split(1, dim=1)  # each (B, 1, D)
         normed = ops.norm_modulate(x, shift1, scale1, norm=self.norm)
         branch = self.out(
             ops.qkv_attention(self.qkv(normed), heads=self.heads, q_weight=self.q_norm, k_weight=self.k_norm, rotary=rotary)
@@ -254,7 +254,7 @@ class DiT(ModelMixin, ConfigMixin):
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 tokens = block(*arguments)
-        shift, scale = modulation.final[:, :, None].unbind(1)
+        shift, scale = modulation.final.split(1, dim=1)
         tokens = self.latent_out(ops.norm_modulate(tokens, shift, scale, norm=self.config["norm"]))
         return ops.unpatchify(tokens, patch, height, width)
 

@@ -93,7 +93,7 @@ def qkv_attention(
     rotary: tuple[Float[Tensor, "N d"], Float[Tensor, "N d"]] | None = None,
 ) -> Float[Tensor, "B N D"]:
     """Self-attention from the packed projection: QK-norm (Dehghani et al. 2023), rotary positions, attention."""
-    q, k, v = rearrange(qkv, "B N (three heads d) -> three B heads N d", three=3, heads=heads)
+    q, k, v = (rearrange(z, "B N (heads d) -> B heads N d", heads=heads) for z in qkv.chunk(3, dim=-1))
     if q_weight is not None:
         q, k = rms_norm(q, q_weight), rms_norm(k, k_weight)
     if rotary is not None:

@@ -11,8 +11,8 @@ CPU = torch.device("cpu")
 
 
 def test_a_spread_is_the_median_between_its_percentiles():
-    assert Spread.of(map(float, range(101))) == Spread(median=50.0, low=10.0, high=90.0, count=101)
-    assert Spread.of([3.0]) == Spread(median=3.0, low=3.0, high=3.0, count=1)
+    assert Spread.of(map(float, range(101))) == Spread(median=50.0, low=10.0, high=90.0, p95=95.0, count=101)
+    assert Spread.of([3.0]) == Spread(median=3.0, low=3.0, high=3.0, p95=3.0, count=1)
     with pytest.raises(ValueError, match="no measurements"):
         Spread.of([])
 
