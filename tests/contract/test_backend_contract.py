@@ -3,6 +3,8 @@
 A new backend needs nothing but its entry point to be held to this. Tolerances: clipdit.testing.
 """
 
+from pathlib import Path
+
 import jaxtyping
 import pytest
 import torch
@@ -12,7 +14,11 @@ from clipdit.sampling import guide, sample, seeded_noise
 from clipdit.testing import TOLERANCES, tiny_checkpoint
 from clipdit.torch_backend import CompiledBackend
 from clipdit.translator import Translator
+from clipdit_export.backends.onnx import OnnxBackend
+from clipdit_export.backends.openvino import OpenVinoBackend
+from clipdit_export.build import Order, build
 
+OF_BUNDLES = {OnnxBackend.name, OpenVinoBackend.name}
 SLOW = {CompiledBackend.name}
 SLOW_MARKS = [pytest.mark.slow, pytest.mark.timeout(1800)]  # builds kernels for several batch sizes
 NAMES = [pytest.param(name, marks=SLOW_MARKS) if name in SLOW else name for name in available_backends()]
@@ -21,16 +27,30 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Inductor's, ab
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def checkpoint(tmp_path_factory):
     return tiny_checkpoint(tmp_path_factory.mktemp("contract") / "checkpoint")
 
 
+@pytest.fixture(scope="module")
+def folder_for(checkpoint):
+    """Backend's name -> what it opens: the checkpoint, or for a backend of bundles what an export makes of it."""
+    bundle = checkpoint.with_name("bundle")
+
+    def folder(name: str) -> Path:
+        if name in OF_BUNDLES and not bundle.exists():
+            build(checkpoint, bundle, Order(targets=("onnx", "openvino"), unroll=(2,)))
+        return bundle if name in OF_BUNDLES else checkpoint
+
+    return folder
+
+
 @pytest.fixture(scope="module", params=NAMES)
-def backend(request, folder):
+def backend(request, folder_for):
+    folder = folder_for(request.param)
     reason = available_backends(folder)[request.param]
     if reason is not None:
         pytest.skip(reason)
-    backend = open_backend(folder, request.param, device="cpu")
+    backend = open_backend(folder, request.param, device="cpu", dtype=torch.float32)
     # torch.compile breaks its graph at every call that is checked: it would build hundreds of small kernels, and not ours
     jaxtyping.config.update("jaxtyping_disable", request.param in SLOW)
     yield backend
@@ -142,10 +162,10 @@ def test_same_seed_gives_same_image_in_any_batch(backend, sources, guidance):
     assert largest_difference(translator(sources, seeds=[1, 2, 3], guidance=guidance), together) > levels
 
 
-def test_agrees_with_eager(backend, folder, sources):
+def test_agrees_with_eager(backend, checkpoint, sources):
     if backend.name == "fake":
         pytest.skip("has a model of its own")
-    eager = open_backend(folder, "eager", device="cpu", dtype=torch.float32)
+    eager = open_backend(checkpoint, "eager", device="cpu", dtype=torch.float32)
     condition, wanted = backend.encode(sources), eager.encode(sources)
     for name in ("tokens", "pooled", "latent"):
         assert close(getattr(condition, name), getattr(wanted, name), backend), name
@@ -154,13 +174,14 @@ def test_agrees_with_eager(backend, folder, sources):
     assert backend.fingerprint == eager.fingerprint
 
 
-def test_whole_loop_is_the_loop(backend, sources, latents):
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+@pytest.mark.parametrize("steps", [2, 3])
+def test_whole_loop_is_the_loop(backend, sources, latents, steps, guidance):
     if not hasattr(backend, "sample"):
         pytest.skip("offers no whole loop")
-    condition, table = backend.encode(sources), backend.table(3)
-    assert close(
-        backend.sample(latents, condition, table), sample(guide(backend.velocity, condition, 1.0), latents, table), backend
-    )
+    condition, table = backend.encode(sources), backend.table(steps)
+    wanted = sample(guide(backend.velocity, condition, guidance), latents, table)
+    assert close(backend.sample(latents, condition, table, guidance=guidance), wanted, backend)
 
 
 def test_table_takes_the_steps_and_refuses_unknown_solvers(backend):
@@ -196,7 +217,8 @@ def test_what_is_kept_for_a_condition_goes_with_it(backend, sources, latents):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_call_after_close_says_so(name, folder):
+def test_every_call_after_close_says_so(name, folder_for):
+    folder = folder_for(name)
     if available_backends(folder)[name] is not None:
         pytest.skip("cannot run here")
     backend = open_backend(folder, name, device="cpu")

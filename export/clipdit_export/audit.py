@@ -1,0 +1,120 @@
+"""What a graph or an engine really computes in: counted from the thing itself, never from what was asked for.
+
+TensorRT 11 has no precision flags any more, and a builder that still sets one ships an fp32 engine under another name (rf-detr
+#1453, TensorRT-Model-Connect #633). So every part is counted after it is made, and an export whose precision is not there fails.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from clipdit_export.manifest import Audit
+from clipdit_export.precision.quantize import candidates
+from clipdit_export.precision.recipe import Recipe
+
+PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention"})
+NAMES = {
+    ir.DataType.FLOAT: "fp32",
+    ir.DataType.FLOAT16: "fp16",
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.INT8: "int8",
+    ir.DataType.FLOAT8E4M3FN: "fp8",
+    ir.DataType.INT4: "int4-weights",
+}
+ENGINE_TYPES = {
+    "FP32": "fp32", "FLOAT": "fp32", "FP16": "fp16", "HALF": "fp16", "BF16": "bf16", "BFLOAT16": "bf16", "INT8": "int8",
+    "FP8": "fp8", "INT4": "int4-weights",
+}  # fmt: skip
+"""TensorRT's words, in capitals; the last one that fits holds (BFLOAT16 has FLOAT in it)."""
+
+LEAST_SHARE = 0.5
+"""Of the share that a recipe asks for: so much must be found. A builder may fuse products, and leave a few."""
+
+
+class WrongPrecision(ValueError):
+    """What was built does not compute in what was asked for."""
+
+
+def audit_graph(model: ir.Model, wanted: str, *, expected: float = 1.0) -> Audit:
+    """Products and convolutions of a graph by what they compute in; weight-only ones by what their weights are packed in."""
+    counts = Counter(_computes_in(node) for node in model.graph if node.op_type in PRODUCTS)
+    return Audit(wanted=wanted, counts=dict(sorted(counts.items())), expected=expected)
+
+
+def expected_share(model: ir.Model, part: str, recipe: Recipe) -> float:
+    """Of the products of a part (fp32, as `trace` makes it), those that a recipe asks to compute in what it names."""
+    products = [node for node in model.graph if node.op_type in PRODUCTS]
+    if wanted_of(recipe, part) == recipe.quantize:
+        leave = recipe.is_not_quantised(part)
+        asked = [node for node in candidates(model) if not leave(node)]
+    else:
+        high = recipe.stays_high(part)
+        asked = [node for node in products if recipe.compute == "fp32" or not high(node)]
+    return len(asked) / len(products) if products else 0.0
+
+
+def audit_engine(inspected: str, wanted: str, *, expected: float = 1.0) -> Audit:
+    """From the JSON of an engine inspector: layers that multiply, by the type of their first input."""
+    layers = json.loads(inspected).get("Layers", [])
+    counts = Counter(_engine_type(layer) for layer in layers if isinstance(layer, Mapping) and _multiplies(layer))
+    return Audit(wanted=wanted, counts=dict(sorted(counts.items())), expected=expected, read_from="engine")
+
+
+def check(audit: Audit, what: str) -> None:
+    """WrongPrecision when what was wanted is not there: less than LEAST_SHARE of what the recipe asks for."""
+    if not sum(audit.counts.values()):
+        return
+    if audit.expected == 0:
+        raise WrongPrecision(f"{what}: the recipe leaves nothing in {audit.wanted}; it is not shipped under that name")
+    # an engine's weight-only product computes in what it always did; its weights are what is packed
+    counted = audit.weights if audit.weights and audit.wanted.endswith("-weights") else audit.counts
+    share = counted.get(audit.wanted.removesuffix("-weights") if counted is audit.weights else audit.wanted, 0) / sum(
+        counted.values()
+    )
+    if share < LEAST_SHARE * audit.expected:
+        found = ", ".join(f"{count} in {name}" for name, count in audit.counts.items())
+        raise WrongPrecision(f"{what} was asked for in {audit.wanted} and computes {found}; it is not shipped under that name")
+
+
+def wanted_of(recipe: Recipe, part: str) -> str:
+    """What most products of a part must compute in under a recipe."""
+    if recipe.quantize is not None and (recipe.parts is None or part in recipe.parts):
+        return recipe.quantize
+    return recipe.compute
+
+
+def _computes_in(node: ir.Node) -> str:
+    data, weight = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
+    packed = [_packed(value) for value in (data, weight)]
+    if packed[0] is not None and packed[1] is not None:
+        return packed[0]
+    if packed[1] is not None:
+        return f"{packed[1].removesuffix('-weights')}-weights"
+    return NAMES.get(data.dtype if data is not None and data.dtype is not None else ir.DataType.FLOAT, "other")
+
+
+def _packed(value: ir.Value | None) -> str | None:
+    """What a DequantizeLinear unpacks."""
+    producer = value.producer() if value is not None else None
+    if producer is None or producer.op_type != "DequantizeLinear" or producer.inputs[0] is None:
+        return None
+    dtype = producer.inputs[0].dtype
+    return NAMES.get(dtype, "other") if dtype is not None else "other"
+
+
+def _multiplies(layer: Mapping) -> bool:
+    kind = f"{layer.get('LayerType', '')} {layer.get('Name', '')} {layer.get('TacticName', '')}".lower()
+    return any(
+        word in kind for word in ("gemm", "matmul", "matrix_multiply", "matrixmultiply", "conv", "mha", "attention", "caskgemm")
+    )
+
+
+def _engine_type(layer: Mapping) -> str:
+    for tensor in layer.get("Inputs", []):
+        said = str(tensor.get("Format/Datatype", tensor.get("Datatype", ""))).upper()
+        found = [name for word, name in ENGINE_TYPES.items() if word in said]
+        if found:
+            return found[-1]
+    return "other"

@@ -1,0 +1,19 @@
+"""Which backend opens a variant: the one table of runtimes."""
+
+from clipdit_export.backends.base import BundleBackend, OnCall
+from clipdit_export.backends.onnx import OnnxBackend
+from clipdit_export.backends.openvino import OpenVinoBackend
+from clipdit_export.bundle import Bundle
+
+BACKENDS: dict[str, type[BundleBackend]] = {backend.target: backend for backend in (OnnxBackend, OpenVinoBackend)}
+"""By the target of the variants that they open."""
+
+
+def runs_here(target: str) -> bool:
+    """Whether variants of a target can be opened on this machine."""
+    return target in BACKENDS and BACKENDS[target].missing() is None
+
+
+def open_variant(bundle: Bundle, variant: str, *, on_call: OnCall | None = None) -> BundleBackend:
+    """Open a variant with the backend of its target."""
+    return BACKENDS[bundle.manifest.variants[variant].target](bundle, variant, on_call=on_call)

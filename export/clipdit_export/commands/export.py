@@ -1,0 +1,83 @@
+"""`clipdit export`: a checkpoint as a bundle that runs in production."""
+
+from pathlib import Path
+from typing import get_args
+
+
+def export(
+    *,
+    out: Path,
+    model: str | None = None,
+    targets: str = "onnx",
+    precision: str = "fp32",
+    gpus: str = "",
+    sizes: str | None = None,
+    unroll: tuple[int, ...] = (),
+    max_batch: int = 16,
+    calibration: Path | None = None,
+    images: int = 16,
+    recipe: tuple[Path, ...] = (),
+    max_st_lpips: float = 0.02,
+    search: bool = False,
+    force: bool = False,
+    json: bool = False,
+) -> int:
+    """Export a checkpoint to a bundle: graphs and engines in every precision asked for, measured against fp32.
+
+    Args:
+        out: the bundle folder; one that is there is replaced when the new one is whole.
+        model: checkpoint folder; the built-in one if not given.
+        targets: what to build, separated by commas: onnx, tensorrt, tensorrt-rtx.
+        precision: which variants, separated by commas: fp32, fp16, bf16, int8, fp8, int8-weights, int4-weights.
+        gpus: compute capabilities of TensorRT-RTX engines, separated by commas: sm75, sm80, sm86, sm89, sm120, sm121.
+        sizes: of the images that it shall take, HEIGHTxWIDTH or one side, separated by commas; the checkpoint's own if not given.
+        unroll: numbers of steps for which the whole loop becomes one graph, too, with the checkpoint's solver and guidance.
+        max_batch: images in one call, at most.
+        calibration: a folder of pairs to calibrate on (train) and to judge by (test); the package's samples if not given.
+        images: at most so many to calibrate on, and as many others to judge by; large models take their time.
+        recipe: JSON files of further variants, as an export writes them.
+        max_st_lpips: a variant whose images are farther from fp32's is never the default.
+        search: for a quantised variant that is not good enough, find the nodes that have to stay as they are.
+        force: build again what is up to date.
+        json: print the manifest as JSON.
+    """
+    from clipdit.backend import BUILT_IN, locate
+    from clipdit.cli import DONE
+    from clipdit_export.build import Order, build
+    from clipdit_export.manifest import Target, to_json
+    from clipdit_export.precision.recipe import default_recipe, read_recipe
+    from clipdit_export.quality.gate import Budget
+    from clipdit_export.words import describe
+
+    known: dict[str, Target] = {target: target for target in get_args(Target)}
+    wanted = _words(targets)
+    if unknown := [target for target in wanted if target not in known]:
+        raise ValueError(f"--targets has {unknown[0]}; wanted some of {', '.join(known)}")
+    order = Order(
+        targets=tuple(known[target] for target in wanted),
+        recipes=(*map(default_recipe, _words(precision)), *map(read_recipe, recipe)),
+        gpus=tuple(_words(gpus)),
+        sizes=None if sizes is None else tuple(map(_size, _words(sizes))),
+        unroll=unroll,
+        max_batch=max_batch,
+        calibration=calibration,
+        images=images,
+        search=search,
+        budget=Budget(st_lpips=max_st_lpips),
+    )
+    manifest = build(Path(locate(model or BUILT_IN)), out, order, force=force)
+    print(to_json(manifest) if json else describe(str(out), manifest))
+    return DONE
+
+
+def _words(text: str) -> list[str]:
+    """ "a, b" -> ["a", "b"], each once."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def _size(word: str) -> tuple[int, int]:
+    """ "256" or "256x192" (height first) -> (height, width)."""
+    sides = word.split("x")
+    if len(sides) > 2 or not all(side.isdigit() for side in sides):
+        raise ValueError(f'--sizes has "{word}"; wanted a side in pixels such as 256, or HEIGHTxWIDTH')
+    return int(sides[0]), int(sides[-1])

@@ -1,0 +1,102 @@
+"""What the gate decides by: drift of every step, distance of final images, and time, side by side in one run."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clipdit.images import to_float
+from clipdit.measuring import time_calls_ms
+from clipdit.metrics.perceptual import STLPIPS
+from clipdit.metrics.pixels import psnr, ssim
+from clipdit.metrics.weights import MissingWeights
+from clipdit.provenance import hardware
+from clipdit.shapes import ImageU8
+from clipdit.translator import Translator
+from clipdit_export.backends.base import Graph
+from clipdit_export.backends.opening import open_variant
+from clipdit_export.bundle import Bundle
+from clipdit_export.manifest import REFERENCE, Quality, Speed
+from clipdit_export.names import name_of
+from clipdit_export.precision.search import relative_error
+from clipdit_export.quality.trajectory import Trajectory, record
+from clipdit_export.sessions import Feed
+
+
+class Judge:
+    """Measures variants of one bundle on the same sources and seeds."""
+
+    def __init__(self, bundle: Bundle, sources_u8: ImageU8, *, seeds: Sequence[int], targets_u8: ImageU8 | None = None):
+        self.bundle, self.sources, self.seeds, self.targets = bundle, sources_u8, list(seeds), targets_u8
+        self.reference = record(bundle, REFERENCE, sources_u8, seeds=seeds)
+        try:
+            self._network = STLPIPS()
+        except MissingWeights:
+            self._network = None
+        self._steps: dict[str, Graph] = {}
+        self._exact: list[list[Feed]] | None = None
+
+    def quality(self, variant: str) -> Quality:
+        """Free-running images and teacher-forced drift: the first is what a user sees, the second says where it comes from."""
+        known = {"images": len(self.sources), "drift": self._drift(variant)}
+        try:
+            images = record(self.bundle, variant, self.sources, seeds=self.seeds).images
+        except ValueError as error:
+            if "not finite" not in str(error):
+                raise
+            return Quality(**known, finite=False, psnr_db=0.0, ssim=0.0, st_lpips=None)
+        wanted = self.reference.images
+        return Quality(
+            **known,
+            finite=True,
+            psnr_db=float(psnr(images, wanted).mean()),
+            ssim=float(ssim(images, wanted).mean()),
+            st_lpips=self._distance(images, wanted),
+            st_lpips_to_target=self._distance(images, self.targets),
+        )
+
+    def _distance(self, images: ImageU8, others: ImageU8 | None) -> float | None:
+        if self._network is None or others is None:
+            return None
+        with torch.inference_mode():
+            pairs: list[tuple[Tensor, Tensor]] = list(zip(images.split(1), others.split(1), strict=True))
+            return sum(float(self._network(to_float(one), to_float(other))) for one, other in pairs) / len(pairs)
+
+    def _drift(self, variant: str) -> tuple[float, ...]:
+        """By row of the table, over the first batch of images."""
+        feeds = [row[: len(row) // self.reference.batches] for row in self.reference.by_row()]
+        if self._exact is None:
+            self._exact = [self._answers(REFERENCE, row) for row in feeds]
+        got = [self._answers(variant, row) for row in feeds]
+        return tuple(relative_error(one, exact) for one, exact in zip(got, self._exact, strict=True))
+
+    def _answers(self, variant: str, feeds: Sequence[Feed]) -> list[Feed]:
+        graph = self._step(variant)
+        return [{n: t.numpy() for n, t in graph({n: torch.from_numpy(a) for n, a in f.items()}).items()} for f in feeds]
+
+    def _step(self, variant: str) -> Graph:
+        if variant not in self._steps:
+            size = name_of((self.sources.shape[-2], self.sources.shape[-1]))
+            self._steps[variant] = open_variant(self.bundle, variant).graph(size, "step")
+        return self._steps[variant]
+
+
+def measure_speed(bundle: Bundle, variants: Sequence[str], source_u8: ImageU8, *, seconds: float) -> dict[str, Speed]:
+    """Milliseconds for one image, from pixels to pixels; the variants take turns."""
+    translators = [Translator(open_variant(bundle, name)) for name in variants]
+    calls = [lambda t=translator: t(source_u8[:1], seeds=[0]) for translator in translators]
+    spreads = time_calls_ms(calls, torch.device("cpu"), seconds=seconds)
+    for translator in translators:
+        translator.backend.close()
+    cpu = str(hardware()["cpu"])
+    return {
+        name: Speed(per_image_ms=spread.median, spread_ms=(spread.low, spread.high), hardware=cpu)
+        for name, spread in zip(variants, spreads, strict=True)
+    }
+
+
+def as_reference(trajectory: Trajectory) -> Quality:
+    """What the fp32 variant is to itself."""
+    return Quality(
+        images=len(trajectory.images), finite=True, drift=(0.0,) * trajectory.rows, psnr_db=100.0, ssim=1.0, st_lpips=0.0
+    )
