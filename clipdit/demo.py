@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from clipdit.backend import available_backends, builtin_checkpoint
+from clipdit.backend import Limits, OfVariants, available_backends, backend_class, builtin_checkpoint
 from clipdit.files import write_atomically
 from clipdit.images import encode_image, read_image, write_image
 from clipdit.measuring import Spread, time_calls_ms
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 STEPS_SHOWN = (1, 2, 4, 8, 20)
 """Numbers of steps that are shown, scored and timed, beside the checkpoint's own."""
+
+EXPORTERS = "clipdit.exporters"
+"""Entry points: functions (checkpoint folder, bundle folder) that export what can run on this machine."""
 
 BATCH = 8
 """Images in one call when throughput is measured, if the backend takes so many."""
@@ -111,7 +115,7 @@ class Variant:
     first_image_s: float
     """From nothing to the first image: loading, compiling, warming up; seconds."""
     largest_difference: int
-    """To the first variant's images, of 255 levels."""
+    """To the reference's images, of 255 levels."""
     mean_difference: float
 
 
@@ -129,6 +133,8 @@ class Demo:
     table: list[Row]
     notes: list[str]
     """What could not be measured or run, and why."""
+    reference: str
+    """The variant whose pixels the others' are compared with: the checkpoint as it was trained, where that is among them."""
     variants: list[Variant] = field(default_factory=list)
 
     def record(self) -> dict[str, object]:
@@ -162,6 +168,7 @@ def run_demo(
     *,
     seeds: Sequence[int] = (0, 1, 2, 3),
     backends: Mapping[str, str | None] | None = None,
+    bundle: Path | None = None,
     open_translator: Callable[[Path, str], Translator] = lambda folder, name: Translator.open(folder, backend=name),
     seconds: float = 2.0,
 ) -> Demo:
@@ -172,6 +179,7 @@ def run_demo(
         seeds: one translation of each sample for each of them.
         backends: name -> why it cannot run here, or None; the first of those that can makes the pictures. None is what
             `available_backends` finds, without those that are only opened by name.
+        bundle: an export of the checkpoint; its variants (NAME:VARIANT among the backends) are opened from there.
         open_translator: (folder, backend's name) -> Translator.
         seconds: how long each timing goes on; a timing has at least five rounds.
     """
@@ -185,31 +193,63 @@ def run_demo(
     notes = [f"The {name} backend was left out: {reason}." for name, reason in backends.items() if reason is not None]
 
     demo: Demo | None = None
+    reference = "eager" if "eager" in usable else usable[0]
+    first_seed: dict[str, ImageU8] = {}
+    timings: dict[str, tuple[Timing, float, Limits]] = {}
     for name in usable:
         logger.info("translating %d samples with %d seeds on the %s backend", len(samples.names), len(seeds), name)
         began = time.perf_counter()
-        with open_translator(folder, name) as translator:
+        with open_translator(bundle if bundle is not None and ":" in name else folder, name) as translator:
             translate_all(translator, samples.source[:1], seeds[0])
             first_image_s = time.perf_counter() - began
             # the first shows every seed; of the others one seed is enough to compare with it
             by_seed = {seed: translate_all(translator, samples.source, seed) for seed in (seeds if demo is None else seeds[:1])}
             if demo is None:
-                demo = _looked_at(translator, samples, by_seed, notes)
+                demo = _looked_at(translator, samples, by_seed, notes, reference)
             timing = time_backend(translator, samples.source, sorted(demo.by_steps), seconds=seconds)
-            difference = torch.cat([(by_seed[seed].short() - demo.by_seed[seed].short()).abs() for seed in by_seed])
-            demo.variants.append(
-                Variant(
-                    name=name,
-                    device=str(translator.backend.limits.device),
-                    dtype=str(translator.backend.limits.dtype).removeprefix("torch."),
-                    timing=timing,
-                    first_image_s=first_image_s,
-                    largest_difference=int(difference.max()),
-                    mean_difference=float(difference.float().mean()),
-                )
-            )
+            first_seed[name], timings[name] = by_seed[seeds[0]], (timing, first_image_s, translator.backend.limits)
     assert demo is not None
+    for name, (timing, first_image_s, limits) in timings.items():
+        difference = (first_seed[name].short() - first_seed[reference].short()).abs()
+        demo.variants.append(
+            Variant(
+                name=name.rpartition(":")[2],
+                device=str(limits.device),
+                dtype="" if ":" in name else str(limits.dtype).removeprefix("torch."),
+                timing=timing,
+                first_image_s=first_image_s,
+                largest_difference=int(difference.max()),
+                mean_difference=float(difference.float().mean()),
+            )
+        )
     return demo
+
+
+def export_bundle(folder: Path, out: Path) -> tuple[Path | None, str]:
+    """(bundle, "") of a checkpoint, made by the exporter that is installed beside the core; (None, reason) where there is none or
+    it cannot work here."""
+    reason = "no exporter is installed"
+    for entry in entry_points(group=EXPORTERS):
+        try:
+            entry.load()(folder, out)
+        except ModuleNotFoundError as error:
+            reason = f"the Python package {error.name} is not installed; install clipdit with its extra onnx or openvino"
+        except ValueError as error:
+            reason = str(error)
+        else:
+            return out, ""
+    return None, reason
+
+
+def ways(folder: Path, bundle: Path | None) -> dict[str, str | None]:
+    """For `run_demo`: the best variant of the bundle for each of its runtimes, then what runs the checkpoint as it is."""
+    found: dict[str, str | None] = {}
+    for name, reason in available_backends(bundle, unasked=True).items() if bundle is not None else ():
+        kind = backend_class(name) if reason is None else None
+        if bundle is not None and isinstance(kind, OfVariants):
+            found[f"{name}:{kind.variants(bundle)[0]}"] = None
+    plain = available_backends(folder, unasked=True)
+    return found | {name: reason for name, reason in plain.items() if reason is None or not found}
 
 
 def translate_all(translator: Translator, source: ImageU8, seed: int, steps: int | None = None) -> ImageU8:
@@ -306,7 +346,9 @@ def render(demo: Demo) -> str:
     )
 
 
-def _looked_at(translator: Translator, samples: Samples, by_seed: Mapping[int, ImageU8], notes: list[str]) -> Demo:
+def _looked_at(
+    translator: Translator, samples: Samples, by_seed: Mapping[int, ImageU8], notes: list[str], reference: str
+) -> Demo:
     """What is shown and scored, from the preferred backend."""
     settings, first = translator.settings(), next(iter(by_seed))
     by_steps = {
@@ -329,6 +371,7 @@ def _looked_at(translator: Translator, samples: Samples, by_seed: Mapping[int, I
         by_steps=by_steps,
         table=table,
         notes=[*notes, *(f"{METRICS[name].title} was not measured: {reason}." for name, reason in referee.missing.items())],
+        reference=reference.rpartition(":")[2],
     )
 
 
