@@ -6,7 +6,7 @@ import torch
 from clipdit.backend import Backend, Condition, available_backends, open_backend
 from clipdit.fake_backend import LATENT_SCALE, SEED_SHARE, FakeBackend
 from clipdit.images import to_u8
-from clipdit.sampling import SamplingTable, ddpm_table, sample, seeded_noise
+from clipdit.sampling import SamplingTable, ddpm_table, guide, sample, seeded_noise
 from clipdit.translator import Translator
 
 
@@ -99,17 +99,20 @@ def test_whole_loop_of_a_backend_is_used_when_it_can_be(sources):
     class Unrolled(FakeBackend):
         loops = 0
 
-        def sample(self, noise: torch.Tensor, condition: Condition, table: SamplingTable) -> torch.Tensor:
+        def sample(
+            self, noise: torch.Tensor, condition: Condition, table: SamplingTable, *, guidance: float = 1.0
+        ) -> torch.Tensor:
             self.loops += 1
-            return sample(lambda x, t: self.velocity(x, t, condition), noise, table)
+            return sample(guide(self.velocity, condition, guidance), noise, table)
 
     backend = Unrolled(native_size=(32, 48))
     translator, plain = Translator(backend), Translator(FakeBackend())
-    assert torch.equal(translator(sources, seeds=range(5)), plain(sources, seeds=range(5)))
-    assert backend.loops == 1
-    translator(sources, seeds=range(5), guidance=2.0)
-    translator(sources, seeds=range(5), on_step=lambda i, x: None)
-    assert backend.loops == 1
+    for guidance in (1.0, 2.0):
+        given = {"seeds": range(5), "guidance": guidance}
+        assert torch.equal(translator(sources, **given), plain(sources, **given))
+    assert backend.loops == 2
+    translator(sources, seeds=range(5), on_step=lambda i, x: None)  # one graph cannot be watched
+    assert backend.loops == 2
 
 
 def test_noise_inside_the_loop_belongs_to_the_image_not_to_the_batch(sources):
