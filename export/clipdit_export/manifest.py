@@ -108,6 +108,8 @@ class Variant(_Strict):
     """By size ("128x128", height first) and part, the graph or engine in the bundle."""
     runs_on: str
     """What it needs, in words: "any CPU", "GPUs of compute capability 8.9"."""
+    gpus: tuple[str, ...] = ()
+    """Compute capabilities that its engines serve, as "sm89"; empty for what needs no GPU."""
     audit: dict[str, Audit] = {}
     """By part."""
     quality: Quality | None = None

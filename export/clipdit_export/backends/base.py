@@ -34,6 +34,7 @@ class BundleBackend:
     target: ClassVar[Target]
     """Of the variants that it opens."""
     preference: ClassVar[int]
+    device_type: ClassVar[str] = "cpu"
 
     def __init__(self, bundle: Bundle, variant: str, *, device: torch.device | None = None, on_call: OnCall | None = None):
         model = bundle.manifest.model
@@ -59,6 +60,11 @@ class BundleBackend:
         """Why this runtime cannot run on this machine, in a line that ends in what to do; None when it can."""
         raise NotImplementedError
 
+    @classmethod
+    def unfit(cls, variant: Variant) -> str | None:
+        """Why a variant of this runtime's cannot run on this machine, ending in what to do; None when it can."""
+        return None
+
     def _load(self, path: Path, variant: Variant) -> Graph:
         raise NotImplementedError
 
@@ -73,9 +79,10 @@ class BundleBackend:
             bundle = open_bundle(folder)
         except ValueError as error:
             return str(error)
-        if not cls._known(bundle):
-            return f"{folder} holds no {cls.target} variant; export with --targets {cls.target}"
-        return None
+        if cls._known(bundle):
+            return None
+        unfit = [cls.unfit(variant) for variant in bundle.manifest.variants.values() if variant.target == cls.target]
+        return unfit[0] if unfit else f"{folder} holds no {cls.target} variant; export with --targets {cls.target}"
 
     @classmethod
     def open(
@@ -83,16 +90,19 @@ class BundleBackend:
     ) -> Self:
         """Open a variant of this runtime's; None is the best of them by the bundle's own measurements, or the one that computes
         in `dtype`. ValueError for a damaged bundle, an unknown variant, or a device that this runtime does not serve."""
-        if device is not None and device.type != "cpu":
-            raise ValueError(f"device is {device}; the {cls.name} backend runs on the CPU")
+        if device is not None and device.type != cls.device_type:
+            raise ValueError(f"device is {device}; the {cls.name} backend runs on {cls.device_type}")
         bundle = open_bundle(folder)
         known = cls._known(bundle)
         if dtype is not None and variant is None:
             wanted = {known: word for word, known in DTYPES.items()}.get(dtype, str(dtype))
             variant = f"{cls.target}-{wanted}"
-        if variant is not None and variant not in known:
+        given = bundle.manifest.variants.get(variant or "")
+        if given is not None and given.target == cls.target and (reason := cls.unfit(given)) is not None:
+            raise ValueError(f"{variant} cannot be opened: {reason}")
+        if not known or (variant is not None and variant not in known):
             raise ValueError(f"{folder} holds no variant {variant} for the {cls.name} backend; there are {', '.join(known)}")
-        return cls(bundle, variant or known[0])
+        return cls(bundle, variant or known[0], device=device or torch.device(cls.device_type))
 
     @classmethod
     def variants(cls, folder: Path) -> list[str]:
@@ -102,7 +112,8 @@ class BundleBackend:
     @classmethod
     def _known(cls, bundle: Bundle) -> list[str]:
         ranked = [*bundle.manifest.ladder, *bundle.manifest.variants]
-        return [name for name in dict.fromkeys(ranked) if bundle.manifest.variants[name].target == cls.target]
+        variants = {name: bundle.manifest.variants[name] for name in ranked}
+        return [name for name, variant in variants.items() if variant.target == cls.target and cls.unfit(variant) is None]
 
     def encode(self, source_u8: ImageU8) -> Condition:
         self._check_open()

@@ -5,9 +5,12 @@ no Hopper (SM90), TensorRT no builds ahead of time.
 """
 
 import importlib
+import logging
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
 
 EngineTarget = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -46,6 +49,13 @@ def capabilities(target: EngineTarget, gpus: list[str]) -> list[str]:
     return [gpu.upper() for gpu in gpus]
 
 
+def capability_here() -> str:
+    """Of this machine's first GPU, as "sm90"."""
+    import torch
+
+    return f"sm{''.join(map(str, torch.cuda.get_device_capability()))}"
+
+
 def inspect(target: EngineTarget, engine: bytes) -> str:
     """The inspector's account of an engine, JSON. ValueError when it cannot be opened here: that needs a GPU that it is for."""
     trt = load(target)
@@ -54,3 +64,21 @@ def inspect(target: EngineTarget, engine: bytes) -> str:
     if opened is None:
         raise ValueError(f"the {target} engine cannot be opened here; it wants a GPU that it was built for")
     return opened.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+
+
+def logger_of(trt: ModuleType) -> Any:
+    """A logger of the package's own class that tells Python's, and keeps the last error as `last`."""
+
+    class Told(trt.ILogger):
+        """Into Python's logging; the last error is what a failed build is explained by."""
+
+        def __init__(self):
+            super().__init__()
+            self.last = ""
+
+        def log(self, severity, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.last = message
+            logger.debug("%s", message)
+
+    return Told()

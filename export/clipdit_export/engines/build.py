@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from clipdit.files import write_atomically
 from clipdit_export.audit import audit_engine, check, wanted_of
-from clipdit_export.engines.api import EngineTarget, capabilities, inspect
+from clipdit_export.engines.api import EngineTarget, capabilities, capability_here, inspect
 from clipdit_export.engines.builder import Built, EngineOptions, build_engine
 from clipdit_export.engines.plan_text import products, weights
 from clipdit_export.manifest import Audit, Variant
@@ -69,12 +69,14 @@ def add_engines(
                     audits[part] = _one(folder, graph, file, target, options, variant, part)
                     files[size][part] = file
                     bar.update()
-            where = ", ".join(f"{gpu[2:-1]}.{gpu[-1]}" for gpu in options.gpus)
+            served = [gpu.lower() for gpu in options.gpus] if target == "tensorrt-rtx" else [capability_here()]
+            where = ", ".join(f"{gpu[2:-1]}.{gpu[-1]}" for gpu in served)
             variants[name] = variant.model_copy(
                 update={
                     "target": target,
                     "parts": files,
-                    "runs_on": f"GPUs of compute capability {where}" if where else "the kind of GPU it was built on",
+                    "runs_on": f"GPUs of compute capability {where}",
+                    "gpus": tuple(served),
                     "audit": audits,
                 }
             )

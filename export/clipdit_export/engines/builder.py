@@ -4,7 +4,6 @@ Precision is in the graph (networks of TensorRT 11 and RTX are strongly typed); 
 unless it is cleared: our fp32 is fp32.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +14,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from clipdit_export.engines.api import EngineTarget, load
-
-logger = logging.getLogger(__name__)
+from clipdit_export.engines.api import EngineTarget, load, logger_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +58,7 @@ def build_engine(target: EngineTarget, graph: Path, options: EngineOptions, *, n
     trt = load(target)
     if (options.refittable or options.stripped) and not torch.cuda.is_available():
         raise EngineError("refittable and weight-stripped engines are compiled on a GPU, and there is none here")
-    told = _logger(trt)
+    told = logger_of(trt)
     builder = trt.Builder(told)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, told)
@@ -117,22 +114,6 @@ def _profile(builder: Any, network: Any, batches: Sequence[int]) -> Any:
         if shape and shape[0] == -1:
             profile.set_shape(tensor.name, *((batch, *shape[1:]) for batch in batches))
     return profile
-
-
-def _logger(trt: ModuleType) -> Any:
-    class Told(trt.ILogger):
-        """Into Python's logging; the last error is what a failed build is explained by."""
-
-        def __init__(self):
-            super().__init__()
-            self.last = ""
-
-        def log(self, severity, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.last = message
-            logger.debug("%s", message)
-
-    return Told()
 
 
 def _monitor(trt: ModuleType, bar: tqdm) -> Any:

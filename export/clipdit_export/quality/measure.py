@@ -72,7 +72,7 @@ class Judge:
 
     def _answers(self, variant: str, feeds: Sequence[Feed]) -> list[Feed]:
         graph = self._step(variant)
-        return [{n: t.numpy() for n, t in graph({n: torch.from_numpy(a) for n, a in f.items()}).items()} for f in feeds]
+        return [{n: t.cpu().numpy() for n, t in graph({n: torch.from_numpy(a) for n, a in f.items()}).items()} for f in feeds]
 
     def _step(self, variant: str) -> Graph:
         if variant not in self._steps:
