@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
+from clipdit.archives import ENDING as ARCHIVE_ENDING
+from clipdit.archives import unpacked
 from clipdit.shapes import ClipEmbedding, ClipTokens, ImageU8, Latent, Time
 
 if TYPE_CHECKING:
@@ -176,11 +178,13 @@ BUILT_IN = "built-in"
 
 
 def locate(name: str) -> str:
-    """A checkpoint, VAE or CLIP as the user names it: a folder or a hub id, with "built-in" for the package's own.
+    """A checkpoint, bundle, VAE or CLIP as the user names it: a folder, a .zip file of one, or a hub id; "built-in" is the
+    package's own.
 
-    ValueError where an installation has none."""
+    ValueError where an installation has none, or an archive is damaged."""
     if name != BUILT_IN:
-        return name
+        archive = Path(name)
+        return str(unpacked(archive)) if archive.suffix == ARCHIVE_ENDING and archive.is_file() else name
     folder = builtin_checkpoint()
     if not (folder / "model_index.json").exists():
         raise ValueError("this installation has no built-in checkpoint; name another, by folder or hub id")

@@ -11,6 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
+def cache_home() -> Path:
+    """Where a user's copies and compiled kernels are kept, which can be deleted at any time: XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipdit"
+
+
 def write_atomically(path: Path, data: bytes | str, *, durable: bool = False) -> None:
     """Write a file (text as UTF-8), making folders as needed. Otherwise as `replace_file`."""
     content = data.encode("utf-8") if isinstance(data, str) else data

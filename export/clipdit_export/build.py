@@ -23,6 +23,7 @@ from clipdit_export.bundle import Bundle
 from clipdit_export.cache_key import cache_key, export_versions, what_changed
 from clipdit_export.engines.api import capabilities
 from clipdit_export.engines.build import NOTE, add_engines
+from clipdit_export.engines.builder import Flag
 from clipdit_export.graphs import describe, save, trace
 from clipdit_export.manifest import (
     FORMAT,
@@ -77,6 +78,8 @@ class Order:
     recipes: tuple[Recipe, ...] = (default_recipe("fp32"),)
     gpus: tuple[str, ...] = ()
     """Compute capabilities of TensorRT-RTX engines, as "sm89"."""
+    engine: tuple[Flag, ...] = ()
+    """How engines are built; see `clipdit_export.engines.builder.EngineOptions`."""
     sizes: tuple[tuple[int, int], ...] | None = None
     """(height, width) of the images the bundle shall take, pixels; None is the size of training."""
     unroll: tuple[int, ...] = ()
@@ -213,9 +216,9 @@ class _Builder:
             if target == "openvino":
                 self._add_openvino()
             elif target != "onnx":
-                add_engines(
-                    self.folder, self.variants, self.skipped, target, gpus=self.order.gpus, max_batch=self.order.max_batch
-                )
+                order = self.order
+                given = {"gpus": order.gpus, "max_batch": order.max_batch, "flags": order.engine}
+                add_engines(self.folder, self.variants, self.skipped, target, **given)
         variants, ladder = self._judge()
         for note in (self.folder / KEY_FILE, *self.folder.glob(f"engines/*{NOTE}")):
             note.unlink()

@@ -14,6 +14,7 @@ from pathlib import Path
 from clipdit.objective import Objective
 from clipdit.pipeline import load_objective
 from clipdit_export.manifest import Manifest, check_file, read_manifest
+from clipdit_export.signature import check_trusted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,9 @@ class Bundle:
 
 
 def open_bundle(folder: Path) -> Bundle:
-    """Read the manifest and the noise schedule. ValueError, one line, when they are missing or damaged."""
+    """Read the manifest and the noise schedule. ValueError, one line, when they are missing or damaged, or the bundle is not
+    signed by whom this machine trusts (`clipdit_export.signature`)."""
     manifest = read_manifest(folder)
+    check_trusted(folder)
     check_file(folder, "scheduler/scheduler_config.json", manifest)
     return Bundle(folder=folder, manifest=manifest, objective=load_objective(folder / "scheduler"))

@@ -14,11 +14,17 @@ from clipdit.sampling import guide, sample, seeded_noise
 from clipdit.testing import TOLERANCES, tiny_checkpoint
 from clipdit.torch_backend import CompiledBackend
 from clipdit.translator import Translator
+from clipdit_export.backends.base import BundleBackend
+from clipdit_export.backends.cuda import OnnxCudaBackend, TensorRtBackend, TensorRtRtxBackend
 from clipdit_export.backends.onnx import OnnxBackend
 from clipdit_export.backends.openvino import OpenVinoBackend
 from clipdit_export.build import Order, build
+from clipdit_export.engines.api import capability_here
 
-OF_BUNDLES = {OnnxBackend.name, OpenVinoBackend.name}
+OF_BUNDLES: dict[str, type[BundleBackend]] = {
+    backend.name: backend for backend in (OnnxBackend, OpenVinoBackend, OnnxCudaBackend, TensorRtBackend, TensorRtRtxBackend)
+}
+DEVICES = {name: backend.device_type for name, backend in OF_BUNDLES.items()}
 SLOW = {CompiledBackend.name}
 SLOW_MARKS = [pytest.mark.slow, pytest.mark.timeout(1800)]  # builds kernels for several batch sizes
 NAMES = [pytest.param(name, marks=SLOW_MARKS) if name in SLOW else name for name in available_backends()]
@@ -38,7 +44,9 @@ def folder_for(checkpoint):
 
     def folder(name: str) -> Path:
         if name in OF_BUNDLES and not bundle.exists():
-            build(checkpoint, bundle, Order(targets=("onnx", "openvino"), unroll=(2,)))
+            engines = [kind.target for kind in (TensorRtBackend, TensorRtRtxBackend) if kind.missing() is None]
+            gpus = (capability_here(),) if "tensorrt-rtx" in engines else ()
+            build(checkpoint, bundle, Order(targets=("onnx", "openvino", *engines), gpus=gpus, unroll=(2,)))
         return bundle if name in OF_BUNDLES else checkpoint
 
     return folder
@@ -50,7 +58,7 @@ def backend(request, folder_for):
     reason = available_backends(folder)[request.param]
     if reason is not None:
         pytest.skip(reason)
-    backend = open_backend(folder, request.param, device="cpu", dtype=torch.float32)
+    backend = open_backend(folder, request.param, device=DEVICES.get(request.param, "cpu"), dtype=torch.float32)
     # torch.compile breaks its graph at every call that is checked: it would build hundreds of small kernels, and not ours
     jaxtyping.config.update("jaxtyping_disable", request.param in SLOW)
     yield backend

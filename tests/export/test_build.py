@@ -18,6 +18,7 @@ from clipdit_export.backends.onnx import OnnxBackend
 from clipdit_export.build import Order, build
 from clipdit_export.bundle import open_bundle
 from clipdit_export.manifest import REFERENCE
+from clipdit_export.names import name_of
 from clipdit_export.parts import cut
 from clipdit_export.sessions import call, open_session
 
@@ -37,20 +38,25 @@ def test_every_part_is_a_graph_that_passes_the_checker_with_its_shapes_inferred(
             assert all(output in known for node in inferred.graph.node for output in node.output if output), part
 
 
-@pytest.mark.parametrize("batch", [1, 3, 4])
-def test_every_part_answers_as_pytorch_does_at_any_batch(bundle: Path, checkpoint: Path, batch: int):
-    pipeline = load_checkpoint(checkpoint)
-    for part in cut(pipeline, (32, 32), batch=batch):
+def check_every_part(folder: Path, checkpoint: Path, size: tuple[int, int], batch: int) -> None:
+    """Each graph against the module that it was made of."""
+    files = open_bundle(folder).manifest.variants[REFERENCE].parts[name_of(size)]
+    for part in cut(load_checkpoint(checkpoint), size, batch=batch):
         with torch.inference_mode():
             wanted = part.module(*part.inputs.values())
         wanted = dict(zip(part.outputs, wanted if isinstance(wanted, tuple) else (wanted,), strict=True))
-        got = call(open_session(graphs(bundle)[part.name]), {name: tensor.numpy() for name, tensor in part.inputs.items()})
+        got = call(open_session(folder / files[part.name]), {name: tensor.numpy() for name, tensor in part.inputs.items()})
         for name, tensor in wanted.items():
             if tensor.is_floating_point():
                 difference = np.abs(got[name] - tensor.numpy()).max()
                 assert difference <= 1e-4 * tensor.abs().max(), (part.name, name)
             else:
                 assert np.abs(got[name].astype(int) - tensor.int().numpy()).max() <= 1, (part.name, name)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_every_part_answers_as_pytorch_does_at_any_batch(bundle: Path, checkpoint: Path, batch: int):
+    check_every_part(bundle, checkpoint, (32, 32), batch)
 
 
 @pytest.mark.parametrize("conditioning", ["clip", "concat", "both"])
@@ -112,7 +118,10 @@ def test_every_variant_was_audited_and_measured_and_the_default_is_one_of_them(b
 
 
 def test_several_sizes_share_a_bundle(checkpoint: Path, tmp_path: Path):
-    build(checkpoint, tmp_path / "bundle", Order(sizes=((32, 32), (32, 48))))
+    build(checkpoint, tmp_path / "bundle", Order(sizes=((32, 32), (32, 48)), max_batch=4, images=1))
+    for size in ((32, 32), (32, 48)):
+        for batch in (1, 3, 4):
+            check_every_part(tmp_path / "bundle", checkpoint, size, batch)
     with Translator(OnnxBackend.open(tmp_path / "bundle")) as translator:
         wide = torch.cat([SOURCES, SOURCES[..., :16]], dim=3)
         assert (

@@ -3,14 +3,13 @@
 Tensors stay on the GPU from the first part to the last: PyTorch owns the memory, the runtimes are given addresses.
 """
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from clipdit.files import write_atomically
+from clipdit.files import cache_home, write_atomically
 from clipdit_export.backends.base import BundleBackend, Graph, Tensors
 from clipdit_export.engines.api import EXTRAS, MODULES, EngineTarget, capability_here, load, logger_of
 from clipdit_export.manifest import Variant, file_entry
@@ -124,8 +123,7 @@ class TensorRtRtxBackend(EngineBackend):
 
     def _load(self, path: Path, variant: Variant) -> Graph:
         gpu = torch.cuda.get_device_name(self.limits.device).replace(" ", "-")
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        cache = home / "clipdit" / "tensorrt-rtx" / f"{file_entry(path).sha256[:32]}.{gpu}"
+        cache = cache_home() / "tensorrt-rtx" / f"{file_entry(path).sha256[:32]}.{gpu}"
         return EngineGraph(load(self.target), path, self.limits.device, cache=cache)
 
 

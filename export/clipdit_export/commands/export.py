@@ -11,6 +11,7 @@ def export(
     targets: str = "onnx",
     precision: str = "fp32",
     gpus: str = "",
+    engine: str = "",
     sizes: str | None = None,
     unroll: tuple[int, ...] = (),
     max_batch: int = 16,
@@ -20,6 +21,9 @@ def export(
     max_st_lpips: float = 0.02,
     search: bool = False,
     force: bool = False,
+    sign: Path | None = None,
+    zip: bool = False,
+    triton: Path | None = None,
     json: bool = False,
 ) -> int:
     """Export a checkpoint to a bundle: graphs and engines in every precision asked for, measured against fp32.
@@ -30,6 +34,8 @@ def export(
         targets: what to build, separated by commas: onnx, tensorrt, tensorrt-rtx.
         precision: which variants, separated by commas: fp32, fp16, bf16, int8, fp8, int8-weights, int4-weights.
         gpus: compute capabilities of TensorRT-RTX engines, separated by commas: sm75, sm80, sm86, sm89, sm120, sm121.
+        engine: how engines are built, separated by commas: refittable; for TensorRT also hardware-compatible (Ampere and later),
+            version-compatible (later versions of TensorRT).
         sizes: of the images that it shall take, HEIGHTxWIDTH or one side, separated by commas; the checkpoint's own if not given.
         unroll: numbers of steps for which the whole loop becomes one graph, too, with the checkpoint's solver and guidance.
         max_batch: images in one call, at most.
@@ -39,24 +45,36 @@ def export(
         max_st_lpips: a variant whose images are farther from fp32's is never the default.
         search: for a quantised variant that is not good enough, find the nodes that have to stay as they are.
         force: build again what is up to date.
+        sign: a private Ed25519 key, PEM; the bundle is signed with it. CLIPDIT_TRUSTED_KEY=PUBLIC.pem then refuses others.
+        zip: write OUT.zip, too: the same as one file, which opens like the folder.
+        triton: a model repository of Triton Inference Server, into which the bundle is written as a model of its name.
         json: print the manifest as JSON.
     """
+    from clipdit.archives import ENDING, pack
     from clipdit.backend import BUILT_IN, locate
     from clipdit.cli import DONE
     from clipdit_export.build import Order, build
+    from clipdit_export.engines.builder import Flag
     from clipdit_export.manifest import Target, to_json
     from clipdit_export.precision.recipe import default_recipe, read_recipe
     from clipdit_export.quality.gate import Budget
+    from clipdit_export.signature import sign as sign_bundle
+    from clipdit_export.triton_repository import write_repository
     from clipdit_export.words import describe
 
     known: dict[str, Target] = {target: target for target in get_args(Target)}
     wanted = _words(targets)
     if unknown := [target for target in wanted if target not in known]:
         raise ValueError(f"--targets has {unknown[0]}; wanted some of {', '.join(known)}")
+    flags: dict[str, Flag] = {flag.replace("_", "-"): flag for flag in get_args(Flag)}
+    chosen = _words(engine)
+    if unknown := [word for word in chosen if word not in flags]:
+        raise ValueError(f"--engine has {unknown[0]}; wanted some of {', '.join(flags)}")
     order = Order(
         targets=tuple(known[target] for target in wanted),
         recipes=(*map(default_recipe, _words(precision)), *map(read_recipe, recipe)),
         gpus=tuple(_words(gpus)),
+        engine=tuple(flags[word] for word in chosen),
         sizes=None if sizes is None else tuple(map(_size, _words(sizes))),
         unroll=unroll,
         max_batch=max_batch,
@@ -66,6 +84,12 @@ def export(
         budget=Budget(st_lpips=max_st_lpips),
     )
     manifest = build(Path(locate(model or BUILT_IN)), out, order, force=force)
+    if sign is not None:
+        sign_bundle(out, sign)
+    if zip:
+        pack(out, out.with_name(f"{out.name}{ENDING}"))
+    if triton is not None:
+        write_repository(out, triton)
     print(to_json(manifest) if json else describe(str(out), manifest))
     return DONE
 

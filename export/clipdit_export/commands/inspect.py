@@ -4,17 +4,19 @@ import json as json_module
 from pathlib import Path
 
 
-def inspect(folder: Path, /, *, verify: bool = False, json: bool = False) -> int:
+def inspect(folder: Path, /, *, verify: bool = False, public_key: Path | None = None, json: bool = False) -> int:
     """Say what a checkpoint or bundle is: parts, precisions, sizes, hashes, limits, where it can run.
 
     Args:
         folder: of a checkpoint or a bundle.
         verify: hash every part of a bundle again; exits 4 if one differs.
+        public_key: of the one who has to have signed it, PEM; exits 4 if it was another, or nobody.
         json: print it as JSON.
     """
     from clipdit.backend import available_backends, locate
     from clipdit.cli import CHECK_FAILED, DONE
     from clipdit_export.manifest import MANIFEST_FILE, check_file, read_manifest
+    from clipdit_export.signature import check_signature
     from clipdit_export.words import describe
 
     folder = Path(locate(str(folder)))
@@ -28,16 +30,26 @@ def inspect(folder: Path, /, *, verify: bool = False, json: bool = False) -> int
             check_file(folder, name, manifest)
         except ValueError as error:
             damaged.append(str(error))
+    if public_key is not None:
+        try:
+            check_signature(folder, public_key)
+        except ValueError as error:
+            damaged.append(str(error))
+    checked = verify or public_key is not None
     if json:
-        print(json_module.dumps(manifest.model_dump(mode="json") | ({"damaged": damaged} if verify else {})))
+        print(json_module.dumps(manifest.model_dump(mode="json") | ({"damaged": damaged} if checked else {})))
     else:
         print(describe(str(folder), manifest))
         runtimes = {variant.target for variant in manifest.variants.values()}
         for name, reason in available_backends(folder).items():
             if name in runtimes:  # backends of bundles go by the name of what they open
                 print(f"{name}: {'can run it here' if reason is None else reason}")
-        if verify:
-            print("\n".join(damaged) or f"all {len(manifest.files)} files are as they were exported")
+        if damaged:
+            print("\n".join(damaged))
+        elif public_key is not None:
+            print(f"signed by the holder of {public_key}")
+        if verify and not damaged:
+            print(f"all {len(manifest.files)} files are as they were exported")
     return CHECK_FAILED if damaged else DONE
 
 

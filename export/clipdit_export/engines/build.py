@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from clipdit.files import write_atomically
+from clipdit.files import cache_home, write_atomically
 from clipdit_export.audit import audit_engine, check, wanted_of
 from clipdit_export.engines.api import EngineTarget, capabilities, capability_here, inspect
-from clipdit_export.engines.builder import Built, EngineOptions, build_engine
+from clipdit_export.engines.builder import Built, EngineOptions, Flag, build_engine
 from clipdit_export.engines.plan_text import products, weights
 from clipdit_export.manifest import Audit, Variant
 
@@ -44,12 +44,15 @@ def add_engines(
     *,
     gpus: Sequence[str],
     max_batch: int,
+    flags: Sequence[Flag] = (),
 ) -> None:
     """Build the engines of every ONNX variant in `folder` and put them into `variants`; what cannot be goes to `skipped`."""
     graphs = {name: variant for name, variant in variants.items() if variant.target == "onnx"}
     options = EngineOptions(
         batches=(1, min(4, max_batch), max_batch),
         gpus=tuple(capabilities(target, list(gpus))) if target == "tensorrt-rtx" else (),
+        timing_cache=cache_home() / "tensorrt" / "timing.cache" if target == "tensorrt" else None,
+        **dict.fromkeys(flags, True),
     )
     (folder / "engines").mkdir(exist_ok=True)
     total = sum(len(parts) for variant in graphs.values() for parts in variant.parts.values())

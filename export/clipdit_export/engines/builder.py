@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
 
+from clipdit.files import write_atomically
 from clipdit_export.engines.api import EngineTarget, load, logger_of
+
+Flag = Literal["refittable", "hardware_compatible", "version_compatible"]
+"""Of `EngineOptions`, those that a user chooses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,7 @@ def build_engine(target: EngineTarget, graph: Path, options: EngineOptions, *, n
     if serialized is None:
         raise EngineError(f"{graph.name}: the builder made no engine: {told.last or 'it gave no reason'}")
     if target == "tensorrt" and options.timing_cache is not None:
-        options.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+        write_atomically(options.timing_cache, bytes(config.get_timing_cache().serialize()))
     return Built(data=bytes(serialized), network=_products(trt, network))
 
 

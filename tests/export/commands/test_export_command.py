@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from clipdit.cli import main
+from clipdit.translator import Translator
 
 
 def test_export_writes_a_bundle_and_says_what_is_in_it(checkpoint: Path, tmp_path: Path, capsys):
@@ -15,6 +17,14 @@ def test_export_writes_a_bundle_and_says_what_is_in_it(checkpoint: Path, tmp_pat
     assert "onnx-fp32" in said and "onnx-int8" in said and "opened by default: onnx-" in said
     assert main(["inspect", str(tmp_path / "b"), "--verify"]) == 0
     assert "files are as they were exported" in capsys.readouterr().out
+
+
+def test_a_bundle_in_one_file_opens_like_its_folder(checkpoint: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(["export", "--model", str(checkpoint), "--out", str(tmp_path / "b"), "--images", "1", "--zip"]) == 0
+    source = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    folder, archive = (Translator.open(tmp_path / name, backend="onnx")(source, seeds=[1]) for name in ("b", "b.zip"))
+    assert torch.equal(folder, archive)
 
 
 def test_export_as_json_is_the_manifest(checkpoint: Path, tmp_path: Path, capsys):
@@ -28,6 +38,7 @@ def test_export_as_json_is_the_manifest(checkpoint: Path, tmp_path: Path, capsys
         (["--precision", "fp23"], "precision is 'fp23'; wanted one of fp32, fp16, bf16"),
         (["--targets", "coreml"], "--targets has coreml; wanted some of onnx, openvino, tensorrt, tensorrt-rtx"),
         (["--targets", "tensorrt-rtx"], "name them, as --gpus sm89,sm120"),
+        (["--engine", "fast"], "--engine has fast; wanted some of refittable, hardware-compatible, version-compatible"),
         (["--sizes", "large"], '--sizes has "large"; wanted a side in pixels such as 256'),
         (["--max-batch", "0"], "max_batch is 0; wanted at least 1"),
         (["--recipe", "none.json"], "there is no recipe none.json"),
