@@ -62,11 +62,8 @@ def test_one_that_is_not_signed_or_by_another_or_changed_since_is_refused(keys, 
 def test_a_key_that_is_none_is_named(copy: Path, tmp_path: Path):
     (tmp_path / "letter.pem").write_text("dear")
     curve, _ = write_keys(tmp_path, "curve", ec.generate_private_key(ec.SECP256R1()))
-    for path, reason in (
-        (tmp_path / "none.pem", "there is none"),
-        (tmp_path / "letter.pem", "it cannot be read"),
-        (curve, "another"),
-    ):
+    cases = {tmp_path / "none.pem": "there is none", tmp_path / "letter.pem": "it cannot be read", curve: "another kind"}
+    for path, reason in cases.items():
         with pytest.raises(ValueError, match=reason):
             sign(copy, path)
     assert not (copy / SIGNATURE_FILE).exists()
@@ -74,7 +71,6 @@ def test_a_key_that_is_none_is_named(copy: Path, tmp_path: Path):
 
 def test_export_signs(keys, checkpoint: Path, tmp_path: Path):
     private, public = keys
-    assert (
-        main(["export", "--model", str(checkpoint), "--out", str(tmp_path / "b"), "--images", "1", "--sign", str(private)]) == 0
-    )
+    words = ["--model", str(checkpoint), "--out", str(tmp_path / "b"), "--images", "1", "--sign", str(private)]
+    assert main(["export", *words]) == 0
     check_signature(tmp_path / "b", public)

@@ -72,7 +72,7 @@ PACKAGES = {
     "openvino": ("OpenVINO", "openvino"),
     "tensorrt_rtx": ("TensorRT-RTX engines", "rtx"),
     "tensorrt": ("TensorRT engines", "tensorrt"),
-    "triton": ("Triton kernels", "triton"),
+    "cryptography": ("signed bundles", "sign"),
     "stlpips_pytorch": ("ST-LPIPS", "metrics"),
 }
 """Module -> what needs it, and the extra that brings it."""
