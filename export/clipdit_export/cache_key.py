@@ -23,7 +23,7 @@ from clipdit_export.pictures import Pictures
 if TYPE_CHECKING:
     from clipdit_export.build import Order
 
-RUNTIMES = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
+BUILDERS = ("onnx", "onnx-ir", "onnxscript")
 
 
 def cache_key(fingerprint: str, order: "Order", pictures: Pictures) -> dict[str, str]:
@@ -56,7 +56,7 @@ def what_changed(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 def export_versions() -> dict[str, str]:
     """Of the packages that a bundle can depend on."""
     found = versions()
-    for package in RUNTIMES:
+    for package in BUILDERS:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
