@@ -1,6 +1,7 @@
 """A model repository of Triton Inference Server from a bundle: what an NVIDIA shop mounts and starts.
 
     REPOSITORY/NAME/config.pbtxt
+    REPOSITORY/NAME/metadata.json   what /v2/models/NAME will answer (KServe's Open Inference Protocol), for those who plan ahead
     REPOSITORY/NAME/1/model.py      Triton's Python backend, over clipdit's Translator
     REPOSITORY/NAME/1/bundle/       the bundle, whole
 
@@ -8,6 +9,7 @@ Triton batches: requests wait a little for company, and a queue that is full ans
 KServe metadata (/v2/models/NAME) are Triton's own.
 """
 
+import json
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -71,6 +73,7 @@ def write_repository(
     try:
         with naming(folder):
             (part / "1").mkdir(parents=True)
+            (part / "metadata.json").write_text(json.dumps(metadata(manifest, name), indent=2) + "\n", encoding="utf-8")
             (part / "config.pbtxt").write_text(_config(manifest, name, backend, gpu, delay_ms, queue), encoding="utf-8")
             source = files("clipdit_export") / "assets" / "triton_model.py"
             (part / "1" / "model.py").write_text(source.read_text("utf-8"), encoding="utf-8")
@@ -81,17 +84,35 @@ def write_repository(
     return folder
 
 
-def _config(manifest: Manifest, name: str, backend: str, gpu: bool, delay_ms: float, queue: int) -> str:
+def metadata(manifest: Manifest, name: str) -> dict[str, object]:
+    """A model's metadata as the Open Inference Protocol has it (KServe V2, "Model Metadata"); -1 is any number."""
+    height, width = _sides(manifest)
+    image = {"datatype": "UINT8", "shape": [-1, 3, height, width]}
+    return {
+        "name": name,
+        "versions": ["1"],
+        "platform": "python",
+        "inputs": [{"name": "source_u8", **image}, {"name": "seed", "datatype": "INT64", "shape": [-1, 1]}],
+        "outputs": [{"name": "image_u8", **image}],
+    }
+
+
+def _sides(manifest: Manifest) -> tuple[int, int]:
+    """(height, width) of what the bundle takes; -1 where there are several."""
     sizes = [size_of(size) for size in manifest.variants[manifest.default].parts]
-    fixed = sizes[0] if len(sizes) == 1 else (-1, -1)
+    return sizes[0] if len(sizes) == 1 else (-1, -1)
+
+
+def _config(manifest: Manifest, name: str, backend: str, gpu: bool, delay_ms: float, queue: int) -> str:
+    (height, width), warm = _sides(manifest), size_of(next(iter(manifest.variants[manifest.default].parts)))
     return CONFIG.format(
         about=f"written by clipdit from a bundle of checkpoint {manifest.model.checkpoint[:12]}",
         name=name,
         max_batch=manifest.max_batch,
-        height=fixed[0],
-        width=fixed[1],
-        warm_height=sizes[0][0],
-        warm_width=sizes[0][1],
+        height=height,
+        width=width,
+        warm_height=warm[0],
+        warm_width=warm[1],
         delay_us=round(1000 * delay_ms),
         queue=queue,
         kind="KIND_GPU" if gpu else "KIND_CPU",

@@ -89,6 +89,15 @@ def test_the_description_fits_the_bundle(repository: Path):
     assert said.count("{") == said.count("}") and said.count("[") == said.count("]")
 
 
+def test_the_metadata_say_the_same_as_the_description(repository: Path):
+    told = json.loads((repository / "emoji" / "metadata.json").read_text())
+    said = (repository / "emoji" / "config.pbtxt").read_text()
+    assert told["name"] == "emoji" and told["platform"] == "python"
+    for tensor in (*told["inputs"], *told["outputs"]):
+        dims = ", ".join(map(str, tensor["shape"][1:]))
+        assert f'{{ name: "{tensor["name"]}" data_type: TYPE_{tensor["datatype"]} dims: [ {dims} ] }}' in said
+
+
 def test_a_model_that_is_there_is_left_alone(repository: Path, bundle: Path):
     with pytest.raises(ValueError, match="emoji is there already; give another name or repository"):
         write_repository(bundle, repository, name="emoji")
