@@ -5,103 +5,18 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
-
-import onnx_ir as ir
-from tqdm.auto import tqdm
 
 from clipdit.files import naming
 from clipdit.pipeline import ClipDiTPipeline, load_checkpoint
 from clipdit.torch_backend import checkpoint_fingerprint
 from clipdit_export import pictures
-from clipdit_export.audit import WrongPrecision, audit_graph, check, expected_share, wanted_of
-from clipdit_export.backends.opening import open_variant, runs_here
-from clipdit_export.backends.openvino import computes_bf16
-from clipdit_export.bundle import Bundle
-from clipdit_export.cache_key import cache_key, export_versions, what_changed
-from clipdit_export.engines.api import capabilities
-from clipdit_export.engines.build import NOTE, add_engines
-from clipdit_export.engines.builder import Flag
-from clipdit_export.graphs import describe, save, trace
-from clipdit_export.manifest import (
-    FORMAT,
-    MANIFEST_FILE,
-    REFERENCE,
-    Manifest,
-    Model,
-    Quality,
-    Target,
-    Variant,
-    check_file,
-    file_entry,
-    read_manifest,
-    to_json,
-)
-from clipdit_export.names import name_of
-from clipdit_export.parts import cut
-from clipdit_export.pictures import Pictures
-from clipdit_export.precision.apply import apply
-from clipdit_export.precision.calibrate import Observed, observe
-from clipdit_export.precision.quantize import candidates
-from clipdit_export.precision.recipe import Recipe, default_recipe
-from clipdit_export.precision.search import demote, sensitivities
-from clipdit_export.quality.gate import Budget, choose, why_not_good
-from clipdit_export.quality.measure import Judge, as_reference, measure_speed
-from clipdit_export.quality.trajectory import record
-from clipdit_export.sessions import Feed
-from clipdit_export.weights import WeightFile
-from clipdit_export.words import readme
+from clipdit_export.assembly import KEY_FILE, Assembly
+from clipdit_export.cache_key import cache_key, what_changed
+from clipdit_export.manifest import MANIFEST_FILE, Manifest, check_file, read_manifest
+from clipdit_export.order import Order
 
 logger = logging.getLogger(__name__)
-
-NOT_RUN = "was not run: the machine that exported cannot. Open it by name, or export on one that can"
-
-README_FILE = "README.md"
-
-SECONDS = 10.0
-"""For which the variants are timed, in turns, all together."""
-
-SEARCHED = 12
-"""Calls of the step on which each node's own error is measured, about so many, evenly over images and times."""
-
-Graphs = dict[str, dict[str, ir.Model]]
-"""By size and part, in fp32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """What to export."""
-
-    targets: tuple[Target, ...] = ("onnx",)
-    recipes: tuple[Recipe, ...] = (default_recipe("fp32"),)
-    gpus: tuple[str, ...] = ()
-    """Compute capabilities of TensorRT-RTX engines, as "sm89"."""
-    engine: tuple[Flag, ...] = ()
-    """How engines are built; see `clipdit_export.engines.builder.EngineOptions`."""
-    sizes: tuple[tuple[int, int], ...] | None = None
-    """(height, width) of the images the bundle shall take, pixels; None is the size of training."""
-    unroll: tuple[int, ...] = ()
-    """Numbers of steps for which the whole loop is exported as one graph, too."""
-    max_batch: int = 16
-    calibration: Path | None = None
-    """Pairs to calibrate on and to judge by; None takes the package's samples."""
-    search: bool = False
-    """Whether to look, for a quantised variant that is not good enough, for the nodes that have to stay as they are."""
-    images: int = pictures.COUNT
-    """At most so many to calibrate on, and as many others to judge by; more take longer."""
-    budget: Budget = field(default_factory=Budget)
-
-    def __post_init__(self) -> None:
-        if self.max_batch < 1:
-            raise ValueError(f"max_batch is {self.max_batch}; wanted at least 1")
-        if self.images < 1:
-            raise ValueError(f"images is {self.images}; wanted at least 1")
-        if "tensorrt-rtx" in self.targets:
-            if not self.gpus:
-                raise ValueError("a TensorRT-RTX engine is built for certain GPUs; name them, as --gpus sm89,sm120")
-            capabilities("tensorrt-rtx", list(self.gpus))
 
 
 def build(checkpoint: Path, out: Path, order: Order | None = None, *, force: bool = False) -> Manifest:
@@ -133,16 +48,12 @@ def build(checkpoint: Path, out: Path, order: Order | None = None, *, force: boo
     with naming(out):
         _begin(part, key)
         try:
-            manifest = _Builder(part, pipeline, fingerprint, out.name, order, seen, size, key).run(sizes)
+            manifest = Assembly(part, pipeline, fingerprint, out.name, order, seen, size, key).run(sizes)
             _put_in_place(part, out)
         except Exception:  # but not when a person or the system ends it: the next build takes the engines over
             shutil.rmtree(part, ignore_errors=True)
             raise
     return manifest
-
-
-KEY_FILE = "key.json"
-"""In a folder that is being built: what it is of."""
 
 
 def _is_done(out: Path, key: dict[str, str]) -> Manifest | None:
@@ -174,238 +85,6 @@ def _begin(part: Path, key: dict[str, str]) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     part.mkdir(parents=True, exist_ok=True)
     (part / KEY_FILE).write_text(json.dumps(key), encoding="utf-8")
-
-
-class _Builder:
-    """One export, in a folder that nobody sees before it is whole."""
-
-    def __init__(
-        self,
-        folder: Path,
-        pipeline: ClipDiTPipeline,
-        fingerprint: str,
-        name: str,
-        order: Order,
-        seen: Pictures,
-        size: tuple[int, int],
-        key: dict[str, str],
-    ):
-        self.folder, self.pipeline, self.name, self.order, self.pictures, self.size = folder, pipeline, name, order, seen, size
-        self.fingerprint, self.key = fingerprint, key
-        self.variants: dict[str, Variant] = {}
-        self.skipped: dict[str, str] = {}
-        self.calls: list[Feed] = []
-
-    def run(self, sizes: Sequence[tuple[int, int]]) -> Manifest:
-        self.pipeline.scheduler.save_pretrained(self.folder / "scheduler")
-        (self.folder / "graphs").mkdir()
-        with WeightFile(self.folder / "graphs" / "weights.bin") as weights:
-            graphs = self._trace(sizes)
-            self._add_variant(graphs, default_recipe("fp32"), {}, weights)
-            others = [recipe for recipe in self.order.recipes if recipe.name != "fp32"]
-            needed = any(r.quantize in ("int8", "fp8") or (r.quantize and self.order.search) for r in others)
-            observed = self._calibrate(graphs) if needed else {}
-            for recipe in others:
-                self._add_variant(graphs, recipe, observed, weights)
-            if self.order.search:
-                for recipe in others:
-                    if recipe.quantize is not None:
-                        self._search(graphs, recipe, observed, weights)
-        self._write_recipes()
-        for target in self.order.targets:
-            if target == "openvino":
-                self._add_openvino()
-            elif target != "onnx":
-                order = self.order
-                given = {"gpus": order.gpus, "max_batch": order.max_batch, "flags": order.engine}
-                add_engines(self.folder, self.variants, self.skipped, target, **given)
-        variants, ladder = self._judge()
-        for note in (self.folder / KEY_FILE, *self.folder.glob(f"engines/*{NOTE}")):
-            note.unlink()
-        manifest = self._manifest(ladder).model_copy(update={"variants": variants})
-        (self.folder / README_FILE).write_text(readme(manifest), encoding="utf-8")
-        manifest = manifest.model_copy(update={"files": manifest.files | {README_FILE: file_entry(self.folder / README_FILE)}})
-        (self.folder / MANIFEST_FILE).write_text(to_json(manifest), encoding="utf-8")
-        return manifest
-
-    def _trace(self, sizes: Sequence[tuple[int, int]]) -> Graphs:
-        parts = {name_of(size): cut(self.pipeline, size, unroll=self.order.unroll) for size in sizes}
-        graphs: Graphs = {size: {} for size in parts}
-        with tqdm(total=sum(map(len, parts.values())), desc="tracing", unit="graph", disable=None) as bar:
-            for size, of_size in parts.items():
-                for part in of_size:
-                    doc = (type(part.module).__doc__ or "").strip().splitlines()[0]
-                    graphs[size][part.name] = trace(part)
-                    describe(graphs[size][part.name], part.name, doc, {"checkpoint": self.fingerprint, "size": size})
-                    bar.update()
-        return graphs
-
-    def _add_variant(self, graphs: Graphs, recipe: Recipe, observed: dict[str, dict[str, Observed]], weights: WeightFile) -> None:
-        files: dict[str, dict[str, str]] = {size: {} for size in graphs}
-        audits = {}
-        for size, of_size in graphs.items():
-            for part, model in of_size.items():
-                made = apply(model, part, recipe, observed.get(part, {}))
-                made.metadata_props["precision"] = recipe.name
-                audits[part] = audit_graph(made, wanted_of(recipe, part), expected=expected_share(model, part, recipe))
-                if part == "step":  # the others may hold no product that is large enough
-                    check(audits[part], f"{part} of {recipe.name}")
-                files[size][part] = f"graphs/{size}.{recipe.name}.{part}.onnx"
-                save(made, self.folder / files[size][part], weights)
-        self.variants[f"onnx-{recipe.name}"] = Variant(
-            target="onnx", precision=recipe.name, recipe=recipe, parts=files, runs_on="any CPU", audit=audits
-        )
-
-    def _calibrate(self, graphs: Graphs) -> dict[str, dict[str, Observed]]:
-        """By part and node. The calls come from translating real images, so every time of the table is among them."""
-        logger.info("calibrating on %s", self.pictures.said)
-        images = self.pictures.calibration
-        calls = record(self._bundle(), REFERENCE, images, seeds=list(range(1000, 1000 + len(images)))).calls
-        self.calls = calls["step"][:: max(1, len(calls["step"]) // SEARCHED)]
-        of_size = graphs[name_of(self.size)]
-        return {
-            part: observe(model, calls[part], nodes)
-            for part, model in of_size.items()
-            if (nodes := candidates(model)) and part in calls
-        }
-
-    def _search(self, graphs: Graphs, recipe: Recipe, observed: dict[str, dict[str, Observed]], weights: WeightFile) -> None:
-        """A variant NAME-searched, where the one of a recipe is not good enough: with as few nodes kept as the budget allows.
-
-        Only the step is searched; what every trial writes is there already, but for its graphs."""
-        judge = self._judge_of(self._bundle())
-        reference, budget = as_reference(judge.reference), self.order.budget
-        reason = why_not_good(judge.quality(f"onnx-{recipe.name}"), reference, budget)
-        if reason is None:
-            return
-        logger.info("%s: %s; searching for what to leave as it is", recipe.name, reason)
-        model = graphs[name_of(self.size)]["step"]
-        with tqdm(desc="nodes on their own", unit="node", disable=None) as bar:
-            seen = observed.get("step", {})
-            ranking = sensitivities(model, "step", recipe, seen, self.calls, tell=lambda _: bar.update())
-
-        def is_good(found: Recipe) -> bool:
-            trial = found.model_copy(update={"name": f"{recipe.name}-trial-{len(found.keep_half)}"})
-            self._add_variant(graphs, trial, observed, weights)
-            judge.bundle = self._bundle()
-            quality = judge.quality(f"onnx-{trial.name}")
-            for parts in self.variants.pop(f"onnx-{trial.name}").parts.values():
-                for file in parts.values():
-                    (self.folder / file).unlink()
-            return why_not_good(quality, reference, budget) is None
-
-        try:
-            found = demote("step", recipe, ranking, is_good)
-        except (ValueError, WrongPrecision) as error:
-            self.skipped[f"onnx-{recipe.name}-searched"] = str(error)
-            return
-        self._add_variant(graphs, found.model_copy(update={"name": f"{recipe.name}-searched"}), observed, weights)
-
-    def _write_recipes(self) -> None:
-        """As files that `--recipe` reads again."""
-        (self.folder / "recipes").mkdir()
-        for variant in self.variants.values():
-            text = variant.recipe.model_dump_json(indent=2, exclude_defaults=True) + "\n"
-            (self.folder / "recipes" / f"{variant.recipe.name}.json").write_text(text, encoding="utf-8")
-
-    def _add_openvino(self) -> None:
-        """The graphs that there are, with the type that OpenVINO is to compute in."""
-        graphs = {variant.precision: variant for variant in list(self.variants.values()) if variant.target == "onnx"}
-        half = "bf16" if computes_bf16() else "fp32"
-        for precision, variant in graphs.items():
-            name, recipe = f"openvino-{precision}", variant.recipe
-            if recipe.compute == "fp16" or (recipe.compute == "bf16" and half != "bf16"):
-                self.skipped[name] = f"this CPU does not compute in {recipe.compute}"
-                continue
-            # OpenVINO lowers a graph by itself: it is given the fp32 one, or the quantised one
-            graph = graphs["fp32"] if recipe.quantize is None else variant
-            if recipe.quantize is not None:
-                recipe = recipe.model_copy(update={"compute": half})
-            self.variants[name] = graph.model_copy(
-                update={
-                    "target": "openvino",
-                    "precision": precision,
-                    "recipe": recipe,
-                    "audit": {},
-                    "runs_on": "any x86 or Arm CPU",
-                }
-            )
-
-    def _judge(self) -> tuple[dict[str, Variant], list[str]]:
-        """Variants with what was measured of them, and those that are worth opening, the first first."""
-        bundle = self._bundle()
-        judge = self._judge_of(bundle)
-        quality: dict[str, Quality] = {}
-        cannot: dict[str, str] = {}
-        for name, variant in list(self.variants.items()):
-            if runs_here(variant.target):
-                try:
-                    self._audit_opened(bundle, name)
-                    quality[name] = as_reference(judge.reference) if name == REFERENCE else judge.quality(name)
-                except ValueError as error:  # a runtime may lack a kernel, or compute in something else
-                    cannot[name] = str(error)
-        speed = measure_speed(bundle, list(quality), self.pictures.sources, seconds=SECONDS)
-        targets = {name: variant.target for name, variant in self.variants.items()}
-        ladder, reasons = choose(quality, speed, targets, REFERENCE, self.order.budget)
-        reasons |= {name: cannot.get(name, NOT_RUN) for name in self.variants if name not in quality}
-        measured = {
-            name: variant.model_copy(
-                update={"quality": quality.get(name), "speed": speed.get(name), "not_default": reasons.get(name)}
-            )
-            for name, variant in self.variants.items()
-        }
-        return measured, ladder
-
-    def _judge_of(self, bundle: Bundle) -> Judge:
-        return Judge(bundle, self.pictures.sources, seeds=self.pictures.seeds, targets_u8=self.pictures.targets)
-
-    def _audit_opened(self, bundle: Bundle, name: str) -> None:
-        """WrongPrecision when a runtime turns a variant into something else than its name says."""
-        with closing(open_variant(bundle, name)) as backend:
-            found = backend.audit(name_of(self.size), "step")
-        if found is not None:
-            self.variants[name] = self.variants[name].model_copy(update={"audit": {"step": found}})
-            check(found, f"step of {name}")
-
-    def _bundle(self) -> Bundle:
-        """What there is so far, opened like a finished one."""
-        return Bundle(folder=self.folder, manifest=self._manifest([REFERENCE]), objective=self.pipeline.objective)
-
-    def _manifest(self, ladder: Sequence[str]) -> Manifest:
-        files = sorted(
-            path for path in self.folder.rglob("*") if path.is_file() and path.name != KEY_FILE and not path.name.endswith(NOTE)
-        )
-        return Manifest(
-            format=FORMAT,
-            name=self.name,
-            model=_model(self.pipeline, self.fingerprint),
-            max_batch=self.order.max_batch,
-            variants=self.variants,
-            default=ladder[0],
-            ladder=tuple(ladder),
-            files={path.relative_to(self.folder).as_posix(): file_entry(path) for path in files},
-            calibration=self.pictures.said,
-            skipped=self.skipped,
-            versions=export_versions(),
-            key=self.key,
-        )
-
-
-def _model(pipeline: ClipDiTPipeline, fingerprint: str) -> Model:
-    dit, autoencoder, clip = pipeline.transformer, pipeline.autoencoder, pipeline.clip
-    defaults = pipeline.sampling_defaults
-    return Model(
-        checkpoint=fingerprint,
-        native_size=pipeline.native_size,
-        multiple=autoencoder.downscale * dit.config["patch"],
-        latent_channels=autoencoder.latent_channels,
-        downscale=autoencoder.downscale,
-        steps=defaults.steps,
-        guidance=defaults.guidance,
-        conditioning=dit.config["conditioning"],
-        tokens=(clip.tokens if clip is not None else 0, dit.config["clip_token_width"]),
-        pooled=dit.config["clip_embedding_width"],
-    )
 
 
 def _check_sizes(pipeline: ClipDiTPipeline, sizes: Sequence[tuple[int, int]]) -> None:

@@ -11,22 +11,19 @@ import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 import clipdit
 import clipdit_export
 from clipdit.provenance import hardware, versions
+from clipdit_export.order import Order
 from clipdit_export.pictures import Pictures
-
-if TYPE_CHECKING:
-    from clipdit_export.build import Order
 
 BUILDERS = ("onnx", "onnx-ir", "onnxscript")
 
 
-def cache_key(fingerprint: str, order: "Order", pictures: Pictures) -> dict[str, str]:
+def cache_key(fingerprint: str, order: Order, pictures: Pictures) -> dict[str, str]:
     """By what it is of: weights, order, pictures, code, packages, machine."""
     key = {"checkpoint": fingerprint, "pictures": _hash(pictures.calibration, pictures.sources, pictures.targets)}
     key |= {f"order.{name}": str(value) for name, value in vars(order).items() if name not in ("recipes", "calibration")}

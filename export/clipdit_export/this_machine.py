@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from clipdit_export.backends.opening import runs_here
-from clipdit_export.build import Order, build
+from clipdit_export.build import build
 from clipdit_export.manifest import Target
+from clipdit_export.order import Order
 from clipdit_export.precision.recipe import default_recipe
 
 

@@ -18,8 +18,9 @@ from clipdit_export.backends.base import BundleBackend
 from clipdit_export.backends.cuda import OnnxCudaBackend, TensorRtBackend, TensorRtRtxBackend
 from clipdit_export.backends.onnx import OnnxBackend
 from clipdit_export.backends.openvino import OpenVinoBackend
-from clipdit_export.build import Order, build
+from clipdit_export.build import build
 from clipdit_export.engines.api import capability_here
+from clipdit_export.order import Order
 
 OF_BUNDLES: dict[str, type[BundleBackend]] = {
     backend.name: backend for backend in (OnnxBackend, OpenVinoBackend, OnnxCudaBackend, TensorRtBackend, TensorRtRtxBackend)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from clipdit.testing import tiny_checkpoint
-from clipdit_export import build as of_builds
-from clipdit_export.build import Order, build
+from clipdit_export import assembly
+from clipdit_export.build import build
+from clipdit_export.order import Order
 from clipdit_export.precision.recipe import default_recipe
 
 
@@ -15,7 +16,7 @@ from clipdit_export.precision.recipe import default_recipe
 def short_timings() -> Iterator[None]:
     """Nothing here asks which variant is faster."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(of_builds, "SECONDS", 0.2)
+        patch.setattr(assembly, "SECONDS", 0.2)
         yield
 
 

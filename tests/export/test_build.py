@@ -15,10 +15,11 @@ from clipdit.pipeline import load_checkpoint, save_checkpoint
 from clipdit.testing import tiny_checkpoint, tiny_pipeline
 from clipdit.translator import Translator
 from clipdit_export.backends.onnx import OnnxBackend
-from clipdit_export.build import Order, build
+from clipdit_export.build import build
 from clipdit_export.bundle import open_bundle
 from clipdit_export.manifest import REFERENCE
 from clipdit_export.names import name_of
+from clipdit_export.order import Order
 from clipdit_export.parts import cut
 from clipdit_export.sessions import call, open_session
 

@@ -9,10 +9,11 @@ import pytest
 
 from clipdit.testing import tiny_checkpoint
 from clipdit_export import cache_key as of_key
-from clipdit_export.build import Order, build
+from clipdit_export.build import build
 from clipdit_export.cache_key import cache_key, what_changed
 from clipdit_export.engines import build as of_engines
 from clipdit_export.engines.api import why_not
+from clipdit_export.order import Order
 from clipdit_export.pictures import from_samples
 from clipdit_export.precision.recipe import default_recipe
 

@@ -13,7 +13,8 @@ from clipdit.objective import Objective
 from clipdit.pipeline import ClipDiTPipeline, save_checkpoint
 from clipdit.testing import tiny_pipeline
 from clipdit.translator import Translator
-from clipdit_export.build import Order, build
+from clipdit_export.build import build
+from clipdit_export.order import Order
 from clipdit_export.precision.recipe import default_recipe
 
 

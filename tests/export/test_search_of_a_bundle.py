@@ -7,8 +7,9 @@ import torch
 
 from clipdit.pipeline import ClipDiTPipeline, save_checkpoint
 from clipdit.testing import tiny_pipeline
-from clipdit_export.build import Order, build
+from clipdit_export.build import build
 from clipdit_export.manifest import Manifest
+from clipdit_export.order import Order
 from clipdit_export.precision.recipe import default_recipe, read_recipe
 from clipdit_export.quality.gate import Budget
 

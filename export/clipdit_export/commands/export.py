@@ -53,9 +53,10 @@ def export(
     from clipdit.archives import ENDING, pack
     from clipdit.backend import BUILT_IN, locate
     from clipdit.cli import DONE
-    from clipdit_export.build import Order, build
+    from clipdit_export.build import build
     from clipdit_export.engines.builder import Flag
     from clipdit_export.manifest import Target, to_json
+    from clipdit_export.order import Order
     from clipdit_export.precision.recipe import default_recipe, read_recipe
     from clipdit_export.quality.gate import Budget
     from clipdit_export.signature import sign as sign_bundle

@@ -7,7 +7,8 @@ import torch
 
 from clipdit.translator import Translator
 from clipdit_export.backends.openvino import BATCHES_KEPT, OpenVinoBackend, computes_bf16
-from clipdit_export.build import Order, build
+from clipdit_export.build import build
+from clipdit_export.order import Order
 from clipdit_export.precision.recipe import default_recipe
 
 pytestmark = pytest.mark.skipif(OpenVinoBackend.missing() is not None, reason=OpenVinoBackend.missing() or "")
