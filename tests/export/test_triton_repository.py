@@ -1,6 +1,7 @@
 """What a Triton Inference Server is given: a description that fits the bundle, and a model that answers as the translator does.
 
-The model runs here as Triton would run it, with a stand-in for the module that Triton gives it; the server itself is not here."""
+The model runs here as Triton would run it, with a stand-in for the module that Triton gives it; the server itself is in
+test_triton_server.py."""
 
 import importlib.util
 import json
@@ -22,13 +23,22 @@ class Tensor:
     def __init__(self, name: str, array: np.ndarray):
         self.name, self.array = name, array
 
-    def as_numpy(self) -> np.ndarray:
-        return self.array
+    def __dlpack__(self, **words):
+        return self.array.__dlpack__(**words)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+    @staticmethod
+    def from_dlpack(name: str, tensor: torch.Tensor) -> "Tensor":
+        return Tensor(name, np.from_dlpack(tensor))
 
 
 class Error:
-    def __init__(self, message: str):
-        self.message = message
+    INVALID_ARG = 3
+
+    def __init__(self, message: str, code: int):
+        self.message, self.code = message, code
 
 
 @pytest.fixture
@@ -80,6 +90,14 @@ def test_requests_that_come_together_are_answered_each_with_its_own_images(model
 def test_a_request_that_cannot_be_served_gets_an_error_and_the_others_their_images(model):
     good, wide = model.execute([request(1, 1), request(1, 2, size=(32, 64))])
     assert good.error is None and "this backend takes 32 x 32" in wide.error.message and not wide.tensors
+
+
+def test_a_seed_that_cannot_be_spoils_no_other_request(model):
+    good, bad, other = model.execute([request(1, 1), request(1, -2), request(1, 3)])
+    assert bad.error.message == "seed is -2; wanted an integer from 0 to 2**63 - 1" and bad.error.code == Error.INVALID_ARG
+    for answer, alone in ((good, request(1, 1)), (other, request(1, 3))):
+        (wanted,) = model.execute([alone])
+        assert answer.error is None and np.abs(answer.tensors[0].array.astype(int) - wanted.tensors[0].array).max() <= 1
 
 
 def test_the_description_fits_the_bundle(repository: Path):

@@ -3,12 +3,14 @@
 source_u8 (B, 3, H, W) uint8, seed (B, 1) int64 -> image_u8 (B, 3, H, W) uint8. Requests that Triton hands over together are
 translated together; image i depends on (source i, seed i) alone, so the batch does not matter. A request that cannot be served
 gets an error of its own, and the others their images.
+
+Tensors go in and out by DLPack. Triton's own way from NumPy may be built for NumPy 1 (2.51's is); under NumPy 2, which clipdit
+wants, it then answers with images of 0 bytes and no error.
 """
 
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]  # Triton's own, inside its process
 
@@ -25,22 +27,25 @@ class TritonPythonModel:
         answers = [None] * len(requests)
         taken = []
         for i, request in enumerate(requests):
-            source, seed = (pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in ("source_u8", "seed"))
+            source, seed = (torch.from_dlpack(pb_utils.get_input_tensor_by_name(request, name)) for name in ("source_u8", "seed"))
             try:
-                self.translator.backend.limits.check_images(source.shape)
-                taken.append((i, torch.from_numpy(np.ascontiguousarray(source)), [int(s) for s in seed.reshape(-1)]))
+                self.translator.backend.limits.check_images(tuple(source.shape))
+                taken.append((i, source, seed.flatten().tolist()))
             except ValueError as error:
                 answers[i] = _failure(error)
-        for chunk in _chunks(taken, self.translator.backend.limits.max_batch):
+        chunks = _chunks(taken, self.translator.backend.limits.max_batch)
+        for chunk in chunks:
             sources, seeds = torch.cat([source for _, source, _ in chunk]), [seed for _, _, own in chunk for seed in own]
             try:
                 images = self.translator(sources, seeds=seeds).split([len(source) for _, source, _ in chunk])
                 for (i, _, _), image in zip(chunk, images, strict=True):
-                    tensor = pb_utils.Tensor("image_u8", image.numpy())
+                    tensor = pb_utils.Tensor.from_dlpack("image_u8", image.contiguous())
                     answers[i] = pb_utils.InferenceResponse(output_tensors=[tensor])
             except ValueError as error:
-                for i, _, _ in chunk:
-                    answers[i] = _failure(error)
+                if len(chunk) > 1:
+                    chunks += [[item] for item in chunk]  # one by one, after the others: whose fault it is shows then
+                else:
+                    answers[chunk[0][0]] = _failure(error)
         return answers
 
     def finalize(self):
@@ -48,7 +53,8 @@ class TritonPythonModel:
 
 
 def _failure(error):
-    return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(str(error)))
+    told = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)  # HTTP 400
+    return pb_utils.InferenceResponse(output_tensors=[], error=told)
 
 
 def _chunks(taken, most):
