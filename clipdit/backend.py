@@ -134,10 +134,23 @@ class Backend(Protocol):
 
 @runtime_checkable
 class WholeLoop(Protocol):
-    """What a backend may also offer: the loop of `clipdit.sampling.sample` in one call (a CUDA graph, an unrolled ONNX graph)."""
+    """What a backend may also offer: the loop of `clipdit.sampling.sample` in one call, such as a CUDA graph."""
 
     def sample(self, noise: Latent, condition: Condition, table: "SamplingTable", *, guidance: float = 1.0) -> Latent:
         """The end of the guided loop over `table` from `noise`, without noise inside the loop."""
+        ...
+
+
+@runtime_checkable
+class OneCall(Protocol):
+    """What a backend may also offer: a whole translation in one call, from pixels to pixels, for some tables."""
+
+    def is_one_call(self, size: tuple[int, int], table: "SamplingTable", guidance: float) -> bool:
+        """Whether `translate` can be called for images of this (height, width)."""
+        ...
+
+    def translate(self, source_u8: ImageU8, noise: Latent, table: "SamplingTable", *, guidance: float = 1.0) -> ImageU8:
+        """uint8 (B, 3, H, W) -> uint8 (B, 3, H, W). ValueError for NaN, as `decode`."""
         ...
 
 

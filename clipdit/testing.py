@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from clipdit.experiment import TranslationExperiment
 from clipdit.flow import FlowMatching
 from clipdit.model.dit import Conditioning, DiT
 from clipdit.objective import Objective
@@ -83,9 +84,7 @@ def tiny_pipeline(
             clip_token_width=24,
             clip_embedding_width=16,
         )
-        for parameter in dit.parameters():
-            if not parameter.any():  # zero at the start of training: such a network would ignore its condition
-                nn.init.normal_(parameter, std=0.1)
+        _wake(dit)
         for network in (dit, vae, clip):
             network.eval()  # as one that was loaded
         return ClipDiTPipeline(
@@ -104,3 +103,55 @@ def tiny_checkpoint(folder: Path, **options) -> Path:
     """`tiny_pipeline`, saved; returns the folder. Options as there."""
     save_checkpoint(tiny_pipeline(**options), folder)
     return folder
+
+
+def full_size_checkpoint(folder: Path, experiment: TranslationExperiment) -> Path:
+    """The networks of an experiment at the size that users train, with random weights; saved, returns the folder.
+
+    The DiT is the experiment's; the VAE is Stable Diffusion's (84 M parameters, 8 pixels a cell, 4 channels), the image encoder
+    CLIP ViT-L/14 (303 M). For speed and memory, which do not ask what the weights are; the images are none."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        widths = (128, 256, 512, 512)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
+            up_block_types=("UpDecoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
+            block_out_channels=widths,  # pyright: ignore[reportArgumentType]
+            layers_per_block=2,
+            latent_channels=4,
+        )
+        config = CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=224,
+            patch_size=14,
+            projection_dim=768,
+        )
+        clip = CLIPVisionModelWithProjection(config) if experiment.clip is not None else None
+        dit = experiment.model.make(latent_channels=4, clip_token_width=1024, clip_embedding_width=768)
+        _wake(dit)
+        for network in (dit, vae, clip):
+            if network is not None:
+                network.eval()
+        pipeline = ClipDiTPipeline(
+            dit,
+            vae,
+            experiment.objective.to_scheduler(),
+            clip,
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+            image_size=(experiment.pairs.size, experiment.pairs.size),
+            default_steps=experiment.steps,
+            default_guidance=experiment.guidance,
+        )
+        save_checkpoint(pipeline, folder)
+    return folder
+
+
+def _wake(dit: DiT) -> None:
+    """What is zero at the start of training is random: such a network would ignore its condition."""
+    for parameter in dit.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)

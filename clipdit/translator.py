@@ -18,7 +18,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from clipdit.backend import Backend, SamplingDefaults, WholeLoop, open_backend
+from clipdit.backend import Backend, OneCall, SamplingDefaults, WholeLoop, open_backend
 from clipdit.images import Fit, Placement, fit
 from clipdit.sampling import SamplingTable, guide, sample, seeded_noise
 from clipdit.shapes import ImageU8, Latent
@@ -115,6 +115,8 @@ class Translator:
 
         # x is carried in float32 whatever the networks compute in: small steps would lose their bits in bfloat16
         noise = seeded_noise(seeds, limits.latent_shape(height, width), limits.device)
+        if isinstance(backend, OneCall) and on_step is None and backend.is_one_call((height, width), table, chosen.guidance):
+            return backend.translate(source_u8.to(limits.device), noise, table, guidance=chosen.guidance).cpu()
         condition = backend.encode(source_u8.to(limits.device))
         if isinstance(backend, WholeLoop) and not table.stochastic and on_step is None:
             latent = backend.sample(noise, condition, table, guidance=chosen.guidance)

@@ -46,6 +46,11 @@ class ClipImageEncoder(nn.Module):
         """M: patch tokens an image."""
         return (_side(self.model.config) // int(cast(int, self.model.config.patch_size))) ** 2
 
+    @property
+    def side(self) -> int:
+        """Height and width of what the model sees, pixels; other images are resized to it."""
+        return _side(self.model.config)
+
     def forward(self, image: Image) -> tuple[ClipTokens, ClipEmbedding]:
         return encode(self.model, self.mean, self.std, image)
 

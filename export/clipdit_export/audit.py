@@ -80,9 +80,7 @@ def check(audit: Audit, what: str) -> None:
 
 def wanted_of(recipe: Recipe, part: str) -> str:
     """What most products of a part must compute in under a recipe."""
-    if recipe.quantize is not None and (recipe.parts is None or part in recipe.parts):
-        return recipe.quantize
-    return recipe.compute
+    return recipe.quantize if recipe.quantize is not None and recipe.quantises(part) else recipe.compute
 
 
 def _computes_in(node: ir.Node) -> str:

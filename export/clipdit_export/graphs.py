@@ -90,6 +90,8 @@ def _free_batch(part: Part) -> dict[str, Any]:
     waiting = list(part.inputs)
     for parameter in inspect.signature(part.module.forward).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
+            if not waiting:
+                continue  # the paper's model reads the source through adaLN alone: its step is given no context
             shapes[parameter.name] = tuple({0: batch} for _ in waiting)
         elif waiting:
             waiting.pop(0)

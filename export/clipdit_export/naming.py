@@ -6,13 +6,18 @@ module in the checkpoint, then the operator, then a number where a module has se
 
 import ast
 from collections import Counter
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from clipdit_export.names import without_count
+
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Under which torch's exporter notes the modules around a node, outermost first and the operation last."""
-ROOTS = ("dit.", "autoencoder.vae.", "autoencoder.", "clip.model.", "clip.")
+ROOTS = ("dit.", "autoencoder.vae.", "autoencoder.", "image_encoder.clip.model.", "image_encoder.clip.", "clip.model.", "clip.")
 """The wrappers of `clipdit_export.parts`: a checkpoint does not know them."""
+IN_LOOP = frozenset({"modulation", "step"})
+"""The parts that a whole translation has once for each step."""
 
 
 def rename(model: ir.Model) -> None:
@@ -30,6 +35,26 @@ def rename(model: ir.Model) -> None:
             if value not in fixed:
                 value.name = f"{node.name}:{i}" if len(node.outputs) > 1 else node.name
     _rename_constants(graph, paths)
+
+
+def attribute(whole: ir.Model, parts: Mapping[str, ir.Model]) -> None:
+    """Name the nodes of a graph of all parts after those of the parts: `step.2:blocks.0.qkv/MatMul` is what
+    `blocks.0.qkv/MatMul` is in the part `step`, in the second step. What belongs to no part, a solver's sums, keeps its name."""
+    origins: dict[str, list[tuple[str, str]]] = {}  # (part, name) of the nodes of each module and operator, in order
+    for part, model in parts.items():
+        for node in model.graph:
+            origins.setdefault(without_count(node.name or ""), []).append((part, node.name or ""))
+    seen: Counter[str] = Counter()
+    for node in whole.graph:
+        base = without_count(node.name or "")
+        if base in origins and "/" in base:  # without a module there is no telling
+            turn, i = divmod(seen[base], len(origins[base]))
+            seen[base] += 1
+            part, name = origins[base][i]
+            if part in IN_LOOP:
+                node.name = f"{part}.{turn + 1}:{name}"
+            elif turn == 0:
+                node.name = f"{part}:{name}"
 
 
 def _rename_constants(graph: ir.Graph, paths: dict[ir.Node, str]) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint is cut into for export: six networks with tensors in and tensors out, and the whole loop as one.
+"""What a checkpoint is cut into for export: six networks with tensors in and tensors out, or all of it as one.
 
     image_encoder   source_u8 -> tokens, pooled                                once per image
     vae_encoder     source_u8 -> latent                                        once per image
@@ -6,7 +6,7 @@
     modulation      t, pooled_embedding -> blocks, final                       once per image and time, ahead of the loop
     step            x, blocks, final, Context -> velocity                      at every step
     vae_decoder     latent -> image_u8, finite                                 once per image
-    loop_...        noise, tokens, pooled, latent -> latent                     conditioner, modulation and every step, unrolled
+    whole_...       noise, source_u8 -> image_u8, finite                       all of the above, the steps of a table unrolled
 
 Names of inputs and outputs are those of `clipdit.backend`. Height and width are fixed in a graph (a bundle holds one for each
 size); the batch is not.
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipdit.backend import Condition
@@ -25,7 +26,7 @@ from clipdit.model.clip import ClipImageEncoder
 from clipdit.model.dit import Context, DiT, Modulation
 from clipdit.pipeline import ClipDiTPipeline
 from clipdit.sampling import SamplingTable, guide, sample
-from clipdit_export.names import loop_name
+from clipdit_export.names import whole_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +41,29 @@ class Part:
 
 
 class ImageEncoder(nn.Module):
-    """source_u8 (B, 3, H, W) -> tokens (B, M, E), pooled (B, P)."""
+    """source_u8 (B, 3, H, W) -> tokens (B, M, E), pooled (B, P).
 
-    def __init__(self, clip: ClipImageEncoder):
+    CLIP's own preprocessing resizes; here that is two products with fixed matrices, which every runtime has: a Resize that is
+    cubic and antialiased, few have."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, clip: ClipImageEncoder, size: tuple[int, int]):
         super().__init__()
-        self.clip = clip
+        self.clip, self.resizes = clip, size != (clip.side, clip.side)
+        if self.resizes:
+            self.register_buffer("rows", _resizing(size[0], clip.side))
+            self.register_buffer("columns", _resizing(size[1], clip.side).T.contiguous())
 
     def forward(self, source_u8: Tensor) -> tuple[Tensor, Tensor]:
-        return self.clip(to_float(source_u8))
+        image = to_float(source_u8)
+        return self.clip(self.rows @ image @ self.columns if self.resizes else image)
+
+
+def _resizing(old: int, new: int) -> Tensor:
+    """(new, old): what CLIP's preprocessing does to a column of `old` pixels."""
+    return F.interpolate(torch.eye(old)[None, None], (new, old), mode="bicubic", antialias=True, align_corners=False)[0, 0]
 
 
 class VaeEncoder(nn.Module):
@@ -58,7 +74,7 @@ class VaeEncoder(nn.Module):
         self.autoencoder = autoencoder
 
     def forward(self, source_u8: Tensor) -> Tensor:
-        return self.autoencoder.encode(to_float(source_u8)).float()
+        return encode(self.autoencoder, source_u8)
 
 
 class VaeDecoder(nn.Module):
@@ -69,8 +85,18 @@ class VaeDecoder(nn.Module):
         self.autoencoder = autoencoder
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        image = self.autoencoder.decode(latent).float()
-        return to_u8(image), image.isfinite().flatten(1).all(1)
+        return decode(self.autoencoder, latent)
+
+
+def encode(autoencoder: Autoencoder, source_u8: Tensor) -> Tensor:
+    """See `VaeEncoder`."""
+    return autoencoder.encode(to_float(source_u8)).float()
+
+
+def decode(autoencoder: Autoencoder, latent: Tensor) -> tuple[Tensor, Tensor]:
+    """See `VaeDecoder`."""
+    image = autoencoder.decode(latent).float()
+    return to_u8(image), image.isfinite().flatten(1).all(1)
 
 
 def context_names(dit: DiT) -> tuple[str, ...]:
@@ -141,16 +167,23 @@ class Step(nn.Module):
         return self.dit.forward_prepared(x, Modulation(blocks=blocks, final=final), unflatten(self.dit, context))
 
 
-class Loop(nn.Module):
-    """noise (B, C, h, w), and those parts of a `Condition` that the model reads -> latent: the loop over a table, unrolled."""
+class Whole(nn.Module):
+    """noise (B, C, h, w), source_u8 (B, 3, H, W) -> image_u8 (B, 3, H, W), finite (B,): a translation, its loop unrolled."""
 
-    def __init__(self, dit: DiT, table: SamplingTable, guidance: float):
+    def __init__(
+        self, dit: DiT, autoencoder: Autoencoder, image_encoder: ImageEncoder | None, table: SamplingTable, guidance: float
+    ):
         super().__init__()
         if table.stochastic:
             raise ValueError(f"solver {table.solver} adds fresh noise at every step, which no fixed graph can; take another")
-        self.dit, self.table, self.guidance = dit, table, guidance
+        self.dit, self.autoencoder, self.image_encoder = dit, autoencoder, image_encoder
+        self.table, self.guidance = table, guidance
 
-    def forward(self, noise: Tensor, *given: Tensor) -> Tensor:
+    def forward(self, noise: Tensor, source_u8: Tensor) -> tuple[Tensor, Tensor]:
+        seen = {"latent": encode(self.autoencoder, source_u8)}
+        if self.image_encoder is not None:
+            seen |= dict(zip(("tokens", "pooled"), self.image_encoder(source_u8), strict=True))
+        condition = condition_from(self.dit, tuple(seen[name] for name in condition_names(self.dit)))
         contexts: dict[int, Context] = {}  # of the condition and of guidance's pair: each once, not at every step
 
         def velocity(x: Tensor, t: Tensor, of: Condition) -> Tensor:
@@ -159,13 +192,14 @@ class Loop(nn.Module):
             context = contexts[id(of)]
             return self.dit.forward_prepared(x, self.dit.modulation(t, context), context)
 
-        return sample(guide(velocity, condition_from(self.dit, given), self.guidance), noise, self.table)
+        latent = sample(guide(velocity, condition, self.guidance), noise, self.table)
+        return decode(self.autoencoder, latent)
 
 
 def cut(pipeline: ClipDiTPipeline, size: tuple[int, int], *, batch: int = 2, unroll: Sequence[int] = ()) -> list[Part]:
     """The parts of a checkpoint for images of `size` (height, width), pixels; without an image encoder where it has none.
 
-    `unroll`: numbers of steps for which the whole loop becomes one graph too, with the checkpoint's own solver and guidance."""
+    `unroll`: numbers of steps for which a translation becomes one graph too, with the checkpoint's own solver and guidance."""
     dit, autoencoder, clip = pipeline.transformer, pipeline.autoencoder, pipeline.clip
     shape = (autoencoder.latent_channels, size[0] // autoencoder.downscale, size[1] // autoencoder.downscale)
     generator = torch.Generator().manual_seed(0)
@@ -175,10 +209,9 @@ def cut(pipeline: ClipDiTPipeline, size: tuple[int, int], *, batch: int = 2, unr
         Part(name="vae_encoder", module=VaeEncoder(autoencoder), inputs={"source_u8": source_u8}, outputs=("latent",)),
         Part(name="vae_decoder", module=VaeDecoder(autoencoder), inputs={"latent": latent}, outputs=("image_u8", "finite")),
     ]
-    condition = {"latent": latent}
+    condition, encoder = {"latent": latent}, ImageEncoder(clip, size) if clip is not None and dit.reads_clip else None
     with torch.no_grad():
-        if clip is not None and dit.reads_clip:
-            encoder = ImageEncoder(clip)
+        if encoder is not None:
             parts.append(
                 Part(name="image_encoder", module=encoder, inputs={"source_u8": source_u8}, outputs=("tokens", "pooled"))
             )
@@ -198,8 +231,7 @@ def cut(pipeline: ClipDiTPipeline, size: tuple[int, int], *, batch: int = 2, unr
     defaults = pipeline.sampling_defaults
     for steps in unroll:
         table = pipeline.objective.table(steps, defaults.solver)
-        loop = Loop(dit, table, defaults.guidance)
-        parts.append(
-            Part(name=loop_name(table, defaults.guidance), module=loop, inputs={"noise": x} | read, outputs=("latent_out",))
-        )
+        whole = Whole(dit, autoencoder, encoder, table, defaults.guidance)
+        inputs = {"noise": x, "source_u8": source_u8}
+        parts.append(Part(name=whole_name(table, defaults.guidance), module=whole, inputs=inputs, outputs=("image_u8", "finite")))
     return parts

@@ -9,7 +9,7 @@ import jaxtyping
 import pytest
 import torch
 
-from clipdit.backend import Backend, Condition, available_backends, open_backend
+from clipdit.backend import Backend, Condition, OneCall, available_backends, open_backend
 from clipdit.sampling import guide, sample, seeded_noise
 from clipdit.testing import TOLERANCES, tiny_checkpoint
 from clipdit.torch_backend import CompiledBackend
@@ -191,6 +191,17 @@ def test_whole_loop_is_the_loop(backend, sources, latents, steps, guidance):
     condition, table = backend.encode(sources), backend.table(steps)
     wanted = sample(guide(backend.velocity, condition, guidance), latents, table)
     assert close(backend.sample(latents, condition, table, guidance=guidance), wanted, backend)
+
+
+def test_one_call_is_the_same_translation_as_its_parts(backend, sources, latents):
+    table = backend.table(2)
+    if not isinstance(backend, OneCall) or not backend.is_one_call(backend.limits.native_size, table, 1.0):
+        pytest.skip("holds no translation as one call")
+    parts = backend.decode(sample(guide(backend.velocity, backend.encode(sources), 1.0), latents, table))
+    whole = backend.translate(sources, latents, table, guidance=1.0)
+    assert whole.dtype == torch.uint8 and largest_difference(whole, parts) <= TOLERANCES[backend.limits.dtype].levels
+    assert not backend.is_one_call(backend.limits.native_size, table, 2.0)  # no graph of another guidance, or other steps,
+    assert not backend.is_one_call(backend.limits.native_size, backend.table(3), 1.0)  # is taken for it
 
 
 def test_table_takes_the_steps_and_refuses_unknown_solvers(backend):

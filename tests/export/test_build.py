@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 
+from clipdit.images import to_float
 from clipdit.pipeline import load_checkpoint, save_checkpoint
 from clipdit.testing import tiny_checkpoint, tiny_pipeline
 from clipdit.translator import Translator
@@ -20,7 +21,7 @@ from clipdit_export.bundle import open_bundle
 from clipdit_export.manifest import REFERENCE
 from clipdit_export.names import name_of
 from clipdit_export.order import Order
-from clipdit_export.parts import cut
+from clipdit_export.parts import ImageEncoder, cut
 from clipdit_export.sessions import call, open_session
 
 SOURCES = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -189,3 +190,13 @@ def test_another_checkpoint_has_another_fingerprint(bundle: Path, tmp_path: Path
     other = tiny_checkpoint(tmp_path / "other", seed=1)
     manifest = build(other, tmp_path / "bundle")
     assert manifest.model.checkpoint != open_bundle(bundle).manifest.model.checkpoint
+
+
+@pytest.mark.parametrize("size", [(48, 32), (24, 40)])
+def test_images_of_another_size_than_clip_takes_are_resized_as_clip_does_it(size: tuple[int, int]):
+    clip = tiny_pipeline().clip
+    assert clip is not None and size != (clip.side, clip.side)
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        for got, wanted in zip(ImageEncoder(clip, size)(images), clip(to_float(images)), strict=True):
+            assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()

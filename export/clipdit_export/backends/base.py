@@ -17,7 +17,7 @@ from clipdit.sampling import SamplingTable, guide, sample
 from clipdit.shapes import ImageU8, Latent, Time
 from clipdit_export.bundle import Bundle, open_bundle
 from clipdit_export.manifest import MANIFEST_FILE, Audit, Target, Variant
-from clipdit_export.names import loop_name, name_of, size_of
+from clipdit_export.names import name_of, size_of, whole_name
 
 Tensors = dict[str, Tensor]
 Graph = Callable[[Tensors], Tensors]
@@ -36,7 +36,16 @@ class BundleBackend:
     preference: ClassVar[int]
     device_type: ClassVar[str] = "cpu"
 
-    def __init__(self, bundle: Bundle, variant: str, *, device: torch.device | None = None, on_call: OnCall | None = None):
+    def __init__(
+        self,
+        bundle: Bundle,
+        variant: str,
+        *,
+        device: torch.device | None = None,
+        on_call: OnCall | None = None,
+        in_parts: bool = False,
+    ):
+        """`in_parts`: never a whole translation in one call, for who asks what goes from part to part."""
         model = bundle.manifest.model
         self.variant = variant
         self.limits = Limits(
@@ -52,6 +61,7 @@ class BundleBackend:
         self.defaults = SamplingDefaults(steps=model.steps, guidance=model.guidance, solver=None)
         self.fingerprint = model.checkpoint
         self._bundle, self._model, self._objective, self._on_call = bundle, model, bundle.objective, on_call
+        self._in_parts = in_parts
         self._graphs: dict[str, Graph] | None = {}
         self._contexts: WeakKeyDictionary[Condition, Tensors] = WeakKeyDictionary()
 
@@ -137,13 +147,9 @@ class BundleBackend:
         return self._run(size, "step", {"x": x.float(), **modulation, **context})["velocity"].to(x.dtype)
 
     def sample(self, noise: Latent, condition: Condition, table: SamplingTable, *, guidance: float = 1.0) -> Latent:
-        """See `clipdit.backend.WholeLoop`: one graph where the bundle holds this loop; else the modulation of all rows comes from
-        few calls, before the steps."""
+        """See `clipdit.backend.WholeLoop`: the modulation of all rows comes from few calls, before the steps."""
         self._check_open()
-        size, name = self._size(noise), loop_name(table, guidance)
-        if name in self._bundle.manifest.variants[self.variant].parts[name_of(size)]:
-            given = {part: getattr(condition, part).float() for part in ("tokens", "pooled", "latent")}
-            return self._run(size, name, {"noise": noise.float(), **given})["latent_out"].to(noise.dtype)
+        size = self._size(noise)
         rows: dict[int, Iterator[tuple[Tensor, Tensor]]] = {}  # of each condition that guidance asks for
 
         def velocity(x: Latent, t: Time, of: Condition) -> Latent:
@@ -167,7 +173,21 @@ class BundleBackend:
 
     def decode(self, latent: Latent) -> ImageU8:
         self._check_open()
-        out = self._run(self._size(latent), "vae_decoder", {"latent": latent.float()})
+        return self._image(self._run(self._size(latent), "vae_decoder", {"latent": latent.float()}))
+
+    def is_one_call(self, size: tuple[int, int], table: SamplingTable, guidance: float) -> bool:
+        """See `clipdit.backend.OneCall`: whether the bundle holds this table as one graph (`clipdit export --unroll`)."""
+        self._check_open()
+        parts = self._bundle.manifest.variants[self.variant].parts[name_of(size)]
+        return not self._in_parts and whole_name(table, guidance) in parts
+
+    def translate(self, source_u8: ImageU8, noise: Latent, table: SamplingTable, *, guidance: float = 1.0) -> ImageU8:
+        self._check_open()
+        self.limits.check_images(tuple(source_u8.shape))
+        given = {"noise": noise.float(), "source_u8": source_u8.to(self.limits.device)}
+        return self._image(self._run(self._size(noise), whole_name(table, guidance), given))
+
+    def _image(self, out: Tensors) -> ImageU8:
         if not out["finite"].all():  # NaN would come out as a black image
             raise ValueError(f"variant {self.variant} made numbers that are not finite; open another, such as fp32")
         return out["image_u8"]

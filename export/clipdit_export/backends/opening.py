@@ -19,7 +19,7 @@ def runs_here(target: str) -> bool:
     return target in BACKENDS and BACKENDS[target].missing() is None
 
 
-def open_variant(bundle: Bundle, variant: str, *, on_call: OnCall | None = None) -> BundleBackend:
-    """Open a variant with the backend of its target."""
+def open_variant(bundle: Bundle, variant: str, *, on_call: OnCall | None = None, in_parts: bool = False) -> BundleBackend:
+    """Open a variant with the backend of its target; see `BundleBackend`."""
     backend = BACKENDS[bundle.manifest.variants[variant].target]
-    return backend(bundle, variant, device=torch.device(backend.device_type), on_call=on_call)
+    return backend(bundle, variant, device=torch.device(backend.device_type), on_call=on_call, in_parts=in_parts)

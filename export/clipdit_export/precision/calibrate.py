@@ -1,6 +1,6 @@
 """What a graph's products read when real images go through: magnitudes of every channel, and rows to choose scales by."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from jaxtyping import Float
 
+from clipdit_export.names import WHOLE, key_of
 from clipdit_export.sessions import Feed, open_session
 
 ROWS = 1024
@@ -52,6 +53,15 @@ def observe(model: ir.Model, feeds: Iterable[Feed], nodes: Iterable[ir.Node], *,
     if not seen:
         raise ValueError("no images to calibrate with; give --calibration a folder of pairs")
     return seen
+
+
+def seen_by(model: ir.Model, part: str, observed: Mapping[str, Mapping[str, Observed]]) -> Mapping[str, Observed]:
+    """What the nodes of a part read, by name. `observed` is by part and node; a graph of all parts was not called itself, its
+    nodes read what those of the parts read."""
+    if not part.startswith(WHOLE):
+        return observed.get(part, {})
+    known = {f"{of}:{name}": seen for of, nodes in observed.items() for name, seen in nodes.items()}
+    return {node.name or "": known[key] for node in model.graph if (key := key_of(part, node)) in known}
 
 
 def _tensor(node: ir.Node) -> ir.Value:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from clipdit_export.names import WHOLE, key_of
+
 if TYPE_CHECKING:
     import onnx_ir as ir  # needed to build bundles, not to read them
 
@@ -56,17 +58,26 @@ class Recipe(BaseModel):
 
     def stays_high(self, part: str) -> "Callable[[ir.Node], bool]":
         """Whether a node of this part stays in fp32."""
-        return lambda node: _matches(self.keep, part, node)
+        return lambda node: _matches(self.keep, key_of(part, node))
 
     def is_not_quantised(self, part: str) -> "Callable[[ir.Node], bool]":
         """Whether a node of this part is left as it is by quantisation."""
-        if self.parts is not None and part not in self.parts:
-            return lambda _: True
-        return lambda node: _matches((*self.keep, *self.keep_half, *ENDS), part, node)
+        kept = (*self.keep, *self.keep_half, *ENDS)
+
+        def leave(node: "ir.Node") -> bool:
+            key = key_of(part, node)
+            return not self.quantises(key.partition(":")[0]) or _matches(kept, key)
+
+        return leave
+
+    def quantises(self, part: str) -> bool:
+        """Whether anything in this part is quantised; in a graph of all parts, whether the step is."""
+        asked = "step" if part.startswith(WHOLE) else part
+        return self.quantize is not None and (self.parts is None or asked in self.parts)
 
 
-def _matches(patterns: tuple[str, ...], part: str, node: "ir.Node") -> bool:
-    return any(fnmatchcase(f"{part}:{node.name}", pattern) for pattern in patterns)
+def _matches(patterns: tuple[str, ...], key: str) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def default_recipe(precision: str) -> Recipe:

@@ -49,7 +49,7 @@ def record(
     def keep(part: str, given: Tensors) -> None:
         calls.setdefault(part, []).append({name: tensor.cpu().numpy().copy() for name, tensor in given.items()})
 
-    backend = open_variant(bundle, variant, on_call=keep)
+    backend = open_variant(bundle, variant, on_call=keep, in_parts=True)
     step = min(batch, bundle.manifest.max_batch)
     starts = range(0, len(sources_u8), step)
     with Translator(backend) as translator:
