@@ -1,7 +1,7 @@
 """The files of a bundle, one stage after the other, in a folder that nobody sees before it is whole."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from clipdit_export.backends.openvino import computes_bf16
 from clipdit_export.bundle import Bundle
 from clipdit_export.cache_key import export_versions
 from clipdit_export.engines.build import NOTE, add_engines
-from clipdit_export.graphs import describe, save, trace
+from clipdit_export.graphs import save
 from clipdit_export.manifest import (
     FORMAT,
     MANIFEST_FILE,
@@ -27,12 +27,12 @@ from clipdit_export.manifest import (
     file_entry,
     to_json,
 )
-from clipdit_export.names import name_of
+from clipdit_export.names import WHOLE, name_of
 from clipdit_export.order import Order
-from clipdit_export.parts import cut
 from clipdit_export.pictures import Pictures
 from clipdit_export.precision.apply import apply
-from clipdit_export.precision.calibrate import Observed, observe
+from clipdit_export.precision.calibrate import Observed, observe, seen_by
+from clipdit_export.precision.modelopt import MODES, apply_modelopt
 from clipdit_export.precision.quantize import candidates
 from clipdit_export.precision.recipe import Recipe, default_recipe
 from clipdit_export.precision.search import demote, sensitivities
@@ -40,6 +40,7 @@ from clipdit_export.quality.gate import choose, why_not_good
 from clipdit_export.quality.measure import Judge, as_reference, measure_speed
 from clipdit_export.quality.trajectory import record
 from clipdit_export.sessions import Feed
+from clipdit_export.tracing import Graphs, trace_all
 from clipdit_export.weights import WeightFile
 from clipdit_export.words import readme
 
@@ -57,9 +58,6 @@ SECONDS = 10.0
 
 SEARCHED = 12
 """Calls of the step on which each node's own error is measured, about so many, evenly over images and times."""
-
-Graphs = dict[str, dict[str, ir.Model]]
-"""By size and part, in fp32."""
 
 
 class Assembly:
@@ -80,19 +78,25 @@ class Assembly:
         self.fingerprint, self.key = fingerprint, key
         self.variants: dict[str, Variant] = {}
         self.skipped: dict[str, str] = {}
+        self.opset_ms: dict[str, float] = {}
         self.calls: list[Feed] = []
+        self.recorded: dict[str, list[Feed]] = {}
 
     def run(self, sizes: Sequence[tuple[int, int]]) -> Manifest:
         self.pipeline.scheduler.save_pretrained(self.folder / "scheduler")
         (self.folder / "graphs").mkdir()
         with WeightFile(self.folder / "graphs" / "weights.bin") as weights:
-            graphs = self._trace(sizes)
+            order = self.order
+            traced = trace_all(self.pipeline, sizes, unroll=order.unroll, opset=order.opset, fingerprint=self.fingerprint)
+            graphs, self.opset_ms = traced.graphs, traced.opset_ms
             self._add_variant(graphs, default_recipe("fp32"), {}, weights)
             others = [recipe for recipe in self.order.recipes if recipe.name != "fp32"]
             needed = any(r.quantize in ("int8", "fp8") or (r.quantize and self.order.search) for r in others)
             observed = self._calibrate(graphs) if needed else {}
             for recipe in others:
                 self._add_variant(graphs, recipe, observed, weights)
+            if self.order.modelopt_python is not None:
+                self._add_modelopt(graphs, others, self.order.modelopt_python, weights)
             if self.order.search:
                 for recipe in others:
                     if recipe.quantize is not None:
@@ -102,7 +106,6 @@ class Assembly:
             if target == "openvino":
                 self._add_openvino()
             elif target != "onnx":
-                order = self.order
                 given = {"gpus": order.gpus, "max_batch": order.max_batch, "flags": order.engine}
                 add_engines(self.folder, self.variants, self.skipped, target, **given)
         variants, ladder = self._judge()
@@ -114,27 +117,23 @@ class Assembly:
         (self.folder / MANIFEST_FILE).write_text(to_json(manifest), encoding="utf-8")
         return manifest
 
-    def _trace(self, sizes: Sequence[tuple[int, int]]) -> Graphs:
-        parts = {name_of(size): cut(self.pipeline, size, unroll=self.order.unroll) for size in sizes}
-        graphs: Graphs = {size: {} for size in parts}
-        with tqdm(total=sum(map(len, parts.values())), desc="tracing", unit="graph", disable=None) as bar:
-            for size, of_size in parts.items():
-                for part in of_size:
-                    doc = (type(part.module).__doc__ or "").strip().splitlines()[0]
-                    graphs[size][part.name] = trace(part)
-                    describe(graphs[size][part.name], part.name, doc, {"checkpoint": self.fingerprint, "size": size})
-                    bar.update()
-        return graphs
-
-    def _add_variant(self, graphs: Graphs, recipe: Recipe, observed: dict[str, dict[str, Observed]], weights: WeightFile) -> None:
+    def _add_variant(
+        self,
+        graphs: Graphs,
+        recipe: Recipe,
+        observed: dict[str, dict[str, Observed]],
+        weights: WeightFile,
+        make: Callable[[ir.Model, str], ir.Model] | None = None,
+    ) -> None:
+        """`make` takes a part's fp32 graph and its name, where the graph that follows the recipe is not ours to make."""
         files: dict[str, dict[str, str]] = {size: {} for size in graphs}
         audits = {}
         for size, of_size in graphs.items():
             for part, model in of_size.items():
-                made = apply(model, part, recipe, observed.get(part, {}))
+                made = make(model, part) if make else apply(model, part, recipe, seen_by(model, part, observed))
                 made.metadata_props["precision"] = recipe.name
                 audits[part] = audit_graph(made, wanted_of(recipe, part), expected=expected_share(model, part, recipe))
-                if part == "step":  # the others may hold no product that is large enough
+                if part == "step" or part.startswith(WHOLE):  # the others may hold no product that is large enough
                     check(audits[part], f"{part} of {recipe.name}")
                 files[size][part] = f"graphs/{size}.{recipe.name}.{part}.onnx"
                 save(made, self.folder / files[size][part], weights)
@@ -142,11 +141,28 @@ class Assembly:
             target="onnx", precision=recipe.name, recipe=recipe, parts=files, runs_on="any CPU", audit=audits
         )
 
+    def _add_modelopt(self, graphs: Graphs, recipes: Sequence[Recipe], python: Path, weights: WeightFile) -> None:
+        """A variant NAME-modelopt beside each that is quantised in 8 bits, of the same recipe.
+
+        It runs step by step: a graph of a whole translation is never called in calibration."""
+        called = {size: {part: graph for part, graph in of.items() if not part.startswith(WHOLE)} for size, of in graphs.items()}
+        for recipe in recipes:
+            if recipe.quantize in MODES:
+                logger.info("%s: quantised by ModelOpt in %s", recipe.name, python)
+                theirs = recipe.model_copy(update={"name": f"{recipe.name}-modelopt", "smooth": 0.0})
+
+                def make(model: ir.Model, part: str, recipe: Recipe = theirs) -> ir.Model:
+                    return apply_modelopt(model, part, recipe, self.recorded.get(part, []), python)
+
+                self._add_variant(called, theirs, {}, weights, make)
+
     def _calibrate(self, graphs: Graphs) -> dict[str, dict[str, Observed]]:
         """By part and node. The calls come from translating real images, so every time of the table is among them."""
         logger.info("calibrating on %s", self.pictures.said)
         images = self.pictures.calibration
         calls = record(self._bundle(), REFERENCE, images, seeds=list(range(1000, 1000 + len(images)))).calls
+        if self.order.modelopt_python is not None:
+            self.recorded = calls
         self.calls = calls["step"][:: max(1, len(calls["step"]) // SEARCHED)]
         of_size = graphs[name_of(self.size)]
         return {
@@ -272,6 +288,7 @@ class Assembly:
             files={path.relative_to(self.folder).as_posix(): file_entry(path) for path in files},
             calibration=self.pictures.said,
             skipped=self.skipped,
+            opset_ms=self.opset_ms,
             versions=export_versions(),
             key=self.key,
         )

@@ -19,6 +19,7 @@ import clipdit_export
 from clipdit.provenance import hardware, versions
 from clipdit_export.order import Order
 from clipdit_export.pictures import Pictures
+from clipdit_export.precision import modelopt
 
 BUILDERS = ("onnx", "onnx-ir", "onnxscript")
 
@@ -29,6 +30,8 @@ def cache_key(fingerprint: str, order: Order, pictures: Pictures) -> dict[str, s
     key |= {f"order.{name}": str(value) for name, value in vars(order).items() if name not in ("recipes", "calibration")}
     key |= {f"recipe.{recipe.name}": recipe.model_dump_json() for recipe in order.recipes}
     key |= {f"version.{name}": found for name, found in export_versions().items()}
+    if order.modelopt_python is not None:  # asked ahead of all work: it may not be there
+        key["version.nvidia-modelopt"] = modelopt.version(order.modelopt_python)
     machine = hardware()
     key |= {"machine.cpu": str(machine["cpu"]), "machine.threads": str(machine["threads"]), "machine.gpu": _gpu()}
     return key | {"code": _code()}

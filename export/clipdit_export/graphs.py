@@ -23,7 +23,7 @@ from clipdit_export.parts import Part
 from clipdit_export.weights import WeightFile
 
 ATTENTION_OPSET = 23
-OPSETS = (20, ATTENTION_OPSET)
+OPSETS: tuple[int, ...] = (20, ATTENTION_OPSET)
 """20 spells attention out, which every runtime takes and TensorRT fuses; 23 has it as one node, for runtimes of 2025 on."""
 
 

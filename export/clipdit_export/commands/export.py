@@ -1,7 +1,7 @@
 """`clipdit export`: a checkpoint as a bundle that runs in production."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 
 def export(
@@ -14,12 +14,15 @@ def export(
     engine: str = "",
     sizes: str | None = None,
     unroll: tuple[int, ...] = (),
+    opset: Literal["measured", "20", "23"] = "measured",
     max_batch: int = 16,
     calibration: Path | None = None,
     images: int = 16,
     recipe: tuple[Path, ...] = (),
     max_st_lpips: float = 0.02,
     search: bool = False,
+    quantizer: Literal["clipdit", "modelopt"] = "clipdit",
+    modelopt_python: Path | None = None,
     force: bool = False,
     sign: Path | None = None,
     zip: bool = False,
@@ -37,13 +40,16 @@ def export(
         engine: how engines are built, separated by commas: refittable; for TensorRT also hardware-compatible (Ampere and later),
             version-compatible (later versions of TensorRT).
         sizes: of the images that it shall take, HEIGHTxWIDTH or one side, separated by commas; the checkpoint's own if not given.
-        unroll: numbers of steps for which the whole loop becomes one graph, too, with the checkpoint's solver and guidance.
+        unroll: numbers of steps for which a whole translation becomes one graph, too, with the checkpoint's solver and guidance.
+        opset: of the step: 20 spells attention out, 23 has it as one node; measured takes what ONNX Runtime runs faster here.
         max_batch: images in one call, at most.
         calibration: a folder of pairs to calibrate on (train) and to judge by (test); the package's samples if not given.
         images: at most so many to calibrate on, and as many others to judge by; large models take their time.
         recipe: JSON files of further variants, as an export writes them.
         max_st_lpips: a variant whose images are farther from fp32's is never the default.
         search: for a quantised variant that is not good enough, find the nodes that have to stay as they are.
+        quantizer: modelopt adds to every int8 and fp8 variant one of the same recipe that NVIDIA ModelOpt has quantised.
+        modelopt_python: the Python that has nvidia-modelopt[onnx], which cannot be this one.
         force: build again what is up to date.
         sign: a private Ed25519 key, PEM; the bundle is signed with it. CLIPDIT_TRUSTED_KEY=PUBLIC.pem then refuses others.
         zip: write OUT.zip, too: the same as one file, which opens like the folder.
@@ -78,10 +84,13 @@ def export(
         engine=tuple(flags[word] for word in chosen),
         sizes=None if sizes is None else tuple(map(_size, _words(sizes))),
         unroll=unroll,
+        opset=None if opset == "measured" else int(opset),
         max_batch=max_batch,
         calibration=calibration,
         images=images,
         search=search,
+        quantizer=quantizer,
+        modelopt_python=modelopt_python,
         budget=Budget(st_lpips=max_st_lpips),
     )
     manifest = build(Path(locate(model or BUILT_IN)), out, order, force=force)
