@@ -5,6 +5,7 @@ A backend owns the networks of one checkpoint or bundle on one device. Everythin
 """
 
 import logging
+import math
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from importlib.resources import files
@@ -79,6 +80,19 @@ class Limits:
             raise ValueError(f"image is {width} x {height}; this backend takes {names}. Resize, or export with that size")
         if height % self.multiple or width % self.multiple or not height or not width:
             raise ValueError(f"image is {width} x {height}; both sides must be multiples of {self.multiple}. Resize or pad it")
+
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width), pixels, of what this backend takes, in which an image of this size leaves least of the canvas empty;
+        of several, the one that scales it least. Where any size is taken, its own, brought up to the next multiple."""
+        if self.sizes is None:
+            return math.ceil(height / self.multiple) * self.multiple, math.ceil(width / self.multiple) * self.multiple
+
+        def loss(size: tuple[int, int]) -> tuple[float, float]:
+            scale = min(size[0] / height, size[1] / width)
+            empty = 1 - scale**2 * height * width / (size[0] * size[1])
+            return round(empty, 2), abs(math.log(scale))  # a hundredth of the canvas is less than any change of scale
+
+        return min(self.sizes, key=loss)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of an image of this size, pixels."""

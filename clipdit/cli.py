@@ -210,18 +210,22 @@ def _first_statement(box: str) -> str:
 
 @contextlib.contextmanager
 def _logging_to_stderr() -> Iterator[None]:
-    """Our own loggers from INFO, everybody else's from WARNING, as bare lines on standard error."""
+    """Our own loggers, those of every package that brings a verb, from INFO, everybody else's from WARNING, as bare lines on
+    standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Line())
-    root, ours = logging.getLogger(), logging.getLogger("clipdit")
-    before = ours.level
+    packages = {entry.value.partition(".")[0] for entry in importlib.metadata.entry_points(group=GROUP)}
+    root, ours = logging.getLogger(), [logging.getLogger(name) for name in {"clipdit", *packages}]
+    before = [logger.level for logger in ours]
     root.addHandler(handler)
-    ours.setLevel(logging.INFO)
+    for logger in ours:
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         root.removeHandler(handler)
-        ours.setLevel(before)
+        for logger, level in zip(ours, before, strict=True):
+            logger.setLevel(level)
 
 
 class _Line(logging.Formatter):

@@ -23,9 +23,10 @@ from clipdit.images import Fit, Placement, fit
 from clipdit.sampling import SamplingTable, guide, sample, seeded_noise
 from clipdit.shapes import ImageU8, Latent
 
-Size = tuple[int, int] | Literal["own"] | None
+Size = tuple[int, int] | Literal["own", "nearest"] | None
 """What images are fitted to: (height, width) in pixels; None, the size the checkpoint was trained at; "own", each image's own
-size brought up to the next multiple that the backend takes."""
+size brought up to the next multiple that the backend takes; "nearest", of the sizes that the backend takes, the one that is most
+like the image (`Limits.nearest_size`)."""
 
 
 class Sampling(TypedDict, total=False):
@@ -137,6 +138,8 @@ class Translator:
         limits = self.backend.limits
         if size == "own":
             height, width = (math.ceil(side / limits.multiple) * limits.multiple for side in image_u8.shape[-2:])
+        elif size == "nearest":
+            height, width = limits.nearest_size(*image_u8.shape[-2:])
         else:
             height, width = limits.native_size if size is None else size
         limits.check_images((1, 3, height, width))

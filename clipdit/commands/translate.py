@@ -36,7 +36,7 @@ def translate(
     solver: str | None = None,
     seed: int = 0,
     batch_size: int | None = None,
-    size: Annotated[str | None, tyro.conf.arg(metavar="HxW|own")] = None,
+    size: Annotated[str | None, tyro.conf.arg(metavar="HxW|own|nearest")] = None,
     fit: Literal["pad", "crop", "stretch"] = "pad",
     format: Literal["png", "webp", "jpeg"] | None = None,
     keep_suffix: bool = False,
@@ -61,7 +61,8 @@ def translate(
         solver: euler, heun, dpmpp_2m, ddim ...: what the model's objective knows.
         seed: of the image; of a folder or manifest, where each image's own seed follows from it and the image's name.
         batch_size: images in one call; 32 on CUDA and 8 elsewhere, if the backend takes so many. Halved when memory runs out.
-        size: what images are fitted to, pixels, such as 256x256; "own" is each image's own. The model's if not given.
+        size: what images are fitted to, pixels, such as 256x256; "own" is each image's own, "nearest" the one of a bundle's sizes
+            that is most like it. The model's if not given.
         fit: how: pad keeps the aspect and adds a border, which is cut off again; crop keeps the centre; stretch distorts.
         format: of the outputs whose name does not say it; png if not given.
         keep_suffix: name outputs a.jpg.png and not a.png, for folders in which a.jpg and a.png are different images.
@@ -179,14 +180,14 @@ def _single_format(output: str, format: str | None) -> str:
 
 
 def _size(text: str | None) -> "Size":
-    """ "256x384" -> (256, 384), height first; "own" and None stay."""
+    """ "256x384" -> (256, 384), height first; "own", "nearest" and None stay."""
     if text is None:
         return None
-    if text == "own":
-        return "own"
+    if text == "own" or text == "nearest":
+        return text
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise ValueError(f'--size is "{text}"; wanted HEIGHTxWIDTH in pixels, such as 256x256, or own')
+        raise ValueError(f'--size is "{text}"; wanted HEIGHTxWIDTH in pixels, such as 256x256, own or nearest')
     return int(sides[0]), int(sides[-1])
 
 

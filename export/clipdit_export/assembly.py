@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 import onnx_ir as ir
+from torch import nn
 from tqdm.auto import tqdm
 
 from clipdit.pipeline import ClipDiTPipeline
@@ -20,6 +21,7 @@ from clipdit_export.manifest import (
     FORMAT,
     MANIFEST_FILE,
     REFERENCE,
+    File,
     Manifest,
     Model,
     Quality,
@@ -75,19 +77,43 @@ class Assembly:
         key: dict[str, str],
     ):
         self.folder, self.pipeline, self.name, self.order, self.pictures, self.size = folder, pipeline, name, order, seen, size
-        self.fingerprint, self.key = fingerprint, key
+        self.key, self.model, self.objective = key, model_of(pipeline, fingerprint), pipeline.objective
         self.variants: dict[str, Variant] = {}
         self.skipped: dict[str, str] = {}
         self.opset_ms: dict[str, float] = {}
         self.calls: list[Feed] = []
         self.recorded: dict[str, list[Feed]] = {}
+        self._entries: dict[tuple[str, int, int], File] = {}
 
     def run(self, sizes: Sequence[tuple[int, int]]) -> Manifest:
+        """Afterwards the pipeline holds no weights any more: what is measured here needs the memory."""
         self.pipeline.scheduler.save_pretrained(self.folder / "scheduler")
+        self._add_graphs(sizes)
+        for network in (self.pipeline.transformer, self.pipeline.vae, self.pipeline.image_encoder):
+            if isinstance(network, nn.Module):
+                nn.Module.to(network, "meta")
+        self._write_recipes()
+        for target in self.order.targets:
+            if target == "openvino":
+                self._add_openvino()
+            elif target != "onnx":
+                given = {"gpus": self.order.gpus, "max_batch": self.order.max_batch, "flags": self.order.engine}
+                add_engines(self.folder, self.variants, self.skipped, target, **given)
+        variants, ladder = self._judge()
+        for note in (self.folder / KEY_FILE, *self.folder.glob(f"engines/*{NOTE}")):
+            note.unlink()
+        manifest = self._manifest(ladder).model_copy(update={"variants": variants})
+        (self.folder / README_FILE).write_text(readme(manifest), encoding="utf-8")
+        manifest = manifest.model_copy(update={"files": manifest.files | {README_FILE: file_entry(self.folder / README_FILE)}})
+        (self.folder / MANIFEST_FILE).write_text(to_json(manifest), encoding="utf-8")
+        return manifest
+
+    def _add_graphs(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """The ONNX variants, those that are searched for, too."""
         (self.folder / "graphs").mkdir()
         with WeightFile(self.folder / "graphs" / "weights.bin") as weights:
-            order = self.order
-            traced = trace_all(self.pipeline, sizes, unroll=order.unroll, opset=order.opset, fingerprint=self.fingerprint)
+            order, fingerprint = self.order, self.model.checkpoint
+            traced = trace_all(self.pipeline, sizes, unroll=order.unroll, opset=order.opset, fingerprint=fingerprint)
             graphs, self.opset_ms = traced.graphs, traced.opset_ms
             self._add_variant(graphs, default_recipe("fp32"), {}, weights)
             others = [recipe for recipe in self.order.recipes if recipe.name != "fp32"]
@@ -101,21 +127,6 @@ class Assembly:
                 for recipe in others:
                     if recipe.quantize is not None:
                         self._search(graphs, recipe, observed, weights)
-        self._write_recipes()
-        for target in self.order.targets:
-            if target == "openvino":
-                self._add_openvino()
-            elif target != "onnx":
-                given = {"gpus": order.gpus, "max_batch": order.max_batch, "flags": order.engine}
-                add_engines(self.folder, self.variants, self.skipped, target, **given)
-        variants, ladder = self._judge()
-        for note in (self.folder / KEY_FILE, *self.folder.glob(f"engines/*{NOTE}")):
-            note.unlink()
-        manifest = self._manifest(ladder).model_copy(update={"variants": variants})
-        (self.folder / README_FILE).write_text(readme(manifest), encoding="utf-8")
-        manifest = manifest.model_copy(update={"files": manifest.files | {README_FILE: file_entry(self.folder / README_FILE)}})
-        (self.folder / MANIFEST_FILE).write_text(to_json(manifest), encoding="utf-8")
-        return manifest
 
     def _add_variant(
         self,
@@ -137,6 +148,7 @@ class Assembly:
                     check(audits[part], f"{part} of {recipe.name}")
                 files[size][part] = f"graphs/{size}.{recipe.name}.{part}.onnx"
                 save(made, self.folder / files[size][part], weights)
+        logger.info("onnx-%s: %d graphs", recipe.name, sum(map(len, files.values())))
         self.variants[f"onnx-{recipe.name}"] = Variant(
             target="onnx", precision=recipe.name, recipe=recipe, parts=files, runs_on="any CPU", audit=audits
         )
@@ -241,11 +253,13 @@ class Assembly:
         cannot: dict[str, str] = {}
         for name, variant in list(self.variants.items()):
             if runs_here(variant.target):
+                logger.info("%s: judging its pictures", name)
                 try:
                     self._audit_opened(bundle, name)
                     quality[name] = as_reference(judge.reference) if name == REFERENCE else judge.quality(name)
                 except ValueError as error:  # a runtime may lack a kernel, or compute in something else
                     cannot[name] = str(error)
+        logger.info("timing %d variants in turns", len(quality))
         speed = measure_speed(bundle, list(quality), self.pictures.sources, seconds=SECONDS)
         targets = {name: variant.target for name, variant in self.variants.items()}
         ladder, reasons = choose(quality, speed, targets, REFERENCE, self.order.budget)
@@ -270,8 +284,9 @@ class Assembly:
             check(found, f"step of {name}")
 
     def _bundle(self) -> Bundle:
-        """What there is so far, opened like a finished one."""
-        return Bundle(folder=self.folder, manifest=self._manifest([REFERENCE]), objective=self.pipeline.objective)
+        """What there is so far, opened like a finished one; its files were hashed just now."""
+        manifest = self._manifest([REFERENCE])
+        return Bundle(folder=self.folder, manifest=manifest, objective=self.objective, _seen=set(manifest.files))
 
     def _manifest(self, ladder: Sequence[str]) -> Manifest:
         files = sorted(
@@ -280,18 +295,26 @@ class Assembly:
         return Manifest(
             format=FORMAT,
             name=self.name,
-            model=model_of(self.pipeline, self.fingerprint),
+            model=self.model,
             max_batch=self.order.max_batch,
             variants=self.variants,
             default=ladder[0],
             ladder=tuple(ladder),
-            files={path.relative_to(self.folder).as_posix(): file_entry(path) for path in files},
+            files={path.relative_to(self.folder).as_posix(): self._entry(path) for path in files},
             calibration=self.pictures.said,
             skipped=self.skipped,
             opset_ms=self.opset_ms,
             versions=export_versions(),
             key=self.key,
         )
+
+    def _entry(self, path: Path) -> File:
+        """Hashed again only when it was written again: the weights can be gigabytes."""
+        stat = path.stat()
+        state = (str(path), stat.st_size, stat.st_mtime_ns)
+        if state not in self._entries:
+            self._entries[state] = file_entry(path)
+        return self._entries[state]
 
 
 def model_of(pipeline: ClipDiTPipeline, fingerprint: str) -> Model:

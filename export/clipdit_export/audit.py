@@ -39,8 +39,16 @@ class WrongPrecision(ValueError):
 
 def audit_graph(model: ir.Model, wanted: str, *, expected: float = 1.0) -> Audit:
     """Products and convolutions of a graph by what they compute in; weight-only ones by what their weights are packed in."""
-    counts = Counter(_computes_in(node) for node in model.graph if node.op_type in PRODUCTS)
+    counts: Counter[str] = Counter()
+    for node in model.graph:
+        if node.op_type in PRODUCTS:
+            counts[_computes_in(node)] += _products_in(node)
     return Audit(wanted=wanted, counts=dict(sorted(counts.items())), expected=expected)
+
+
+def _products_in(node: ir.Node) -> int:
+    """Attention as one node is the two products that it is made of."""
+    return 2 if node.op_type == "Attention" else 1
 
 
 def expected_share(model: ir.Model, part: str, recipe: Recipe) -> float:
@@ -52,7 +60,7 @@ def expected_share(model: ir.Model, part: str, recipe: Recipe) -> float:
     else:
         high = recipe.stays_high(part)
         asked = [node for node in products if recipe.compute == "fp32" or not high(node)]
-    return len(asked) / len(products) if products else 0.0
+    return sum(map(_products_in, asked)) / sum(map(_products_in, products)) if products else 0.0
 
 
 def audit_engine(inspected: str, wanted: str, *, expected: float = 1.0) -> Audit:

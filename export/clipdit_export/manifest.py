@@ -110,6 +110,8 @@ class Variant(_Strict):
     """What it needs, in words: "any CPU", "GPUs of compute capability 8.9"."""
     gpus: tuple[str, ...] = ()
     """Compute capabilities that its engines serve, as "sm89"; empty for what needs no GPU."""
+    engine: tuple[str, ...] = ()
+    """How its engines were built, beside what their graphs say: "refittable", "stripped" ..."""
     audit: dict[str, Audit] = {}
     """By part."""
     quality: Quality | None = None

@@ -1,8 +1,8 @@
 """Attention spelled out in five nodes (opset 20) or as one (opset 23): both are traced, and the faster one is exported.
 
-Which it is depends on the runtime and its version: ONNX Runtime 1.32 on a CPU runs the five nodes faster, OpenVINO makes the same
-kernel of both. Only the step is asked: it runs at every time of the loop. VAEs stay at 20, whose attention has heads that are too
-wide for the fused kernels of TensorRT (NVIDIA/TensorRT#4705).
+Which it is depends on the runtime and its version: ONNX Runtime 1.32 on a CPU runs the five nodes faster; OpenVINO and
+TensorRT-RTX make the same kernels of both. Only the step is asked: it runs at every time of the loop. VAEs stay at 20: their
+attention has heads that are too wide for the fused kernels of TensorRT (NVIDIA/TensorRT#4705).
 """
 
 import logging
@@ -17,7 +17,7 @@ from clipdit.measuring import time_calls_ms
 from clipdit_export.graphs import OPSETS, trace
 from clipdit_export.parts import Part
 from clipdit_export.precision.search import relative_error
-from clipdit_export.sessions import call, open_session
+from clipdit_export.sessions import call, open_model
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def faster(part: Part, *, seconds: float = 2.0) -> tuple[ir.Model, dict[int, flo
     feed = {name: tensor.numpy() for name, tensor in part.inputs.items()}
     with TemporaryDirectory() as folder:
         try:
-            sessions = {opset: _open(model, Path(folder) / f"{opset}.onnx") for opset, model in models.items()}
+            sessions = {opset: open_model(m, Path(folder), name=str(opset)) for opset, m in models.items()}
         except ValueError as error:
             logger.warning("attention stays spelled out: %s", error)
             return models[spelled], {}
@@ -54,8 +54,3 @@ def choose(times: Mapping[int, float]) -> int:
     """The opset to export, from the milliseconds of a call by opset."""
     spelled, fused = OPSETS
     return fused if times[spelled] / times[fused] >= LEAST_GAIN else spelled
-
-
-def _open(model: ir.Model, path: Path):
-    ir.save(model.clone(), path, external_data=f"{path.name}.weights")
-    return open_session(path)

@@ -46,11 +46,22 @@ def call(session: Any, feed: Feed) -> dict[str, np.ndarray]:
     return dict(zip(names, session.run(names, read), strict=True))
 
 
-def run_model(model: "ir.Model", feeds: Iterable[Feed]) -> list[dict[str, np.ndarray]]:
-    """The outputs of a graph that lies in no file, for each of `feeds`."""
+def open_model(model: "ir.Model", folder: Path, *, name: str = "model") -> Any:
+    """A session of a graph that lies in no file; `folder` holds its weights, and must stay while the session is used.
+
+    OSError that says what to do where there is no room for them."""
     import onnx_ir as ir
 
+    try:
+        ir.save(model, folder / f"{name}.onnx", external_data=f"{name}.weights")
+    except OSError as error:
+        said = error.strerror or error  # numpy's own have no number
+        raise OSError(f"{folder.parent} has no room for a graph ({said}); make room, or name another folder as TMPDIR") from error
+    return open_session(folder / f"{name}.onnx")
+
+
+def run_model(model: "ir.Model", feeds: Iterable[Feed]) -> list[dict[str, np.ndarray]]:
+    """The outputs of a graph that lies in no file, for each of `feeds`."""
     with TemporaryDirectory() as folder:
-        ir.save(model, Path(folder) / "model.onnx", external_data="weights")
-        session = open_session(Path(folder) / "model.onnx")
+        session = open_model(model, Path(folder))
         return [call(session, feed) for feed in feeds]

@@ -171,6 +171,32 @@ def test_own_size_groups_images_by_size(sources):
     assert torch.equal(outputs[0], Translator(FakeBackend())(sources[:1], seeds=[0])[0])  # 32 x 48: nothing to fit
 
 
+@pytest.mark.parametrize(
+    "image, wanted",
+    [
+        ((64, 64), (64, 64)),
+        ((200, 200), (96, 96)),  # both squares fit; the larger one scales it less
+        ((63, 65), (64, 64)),
+        ((70, 100), (64, 96)),
+        ((100, 70), (96, 64)),
+        ((10, 300), (64, 96)),  # nothing is as wide: the widest shape leaves least empty
+    ],
+)
+def test_the_nearest_size_is_of_the_images_shape_then_of_its_scale(image, wanted):
+    sizes = ((64, 64), (96, 96), (64, 96), (96, 64))
+    translator = Translator(FakeBackend(native_size=(64, 64), sizes=sizes))
+    picture = torch.randint(0, 256, (3, *image), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    fitted, placement = translator.fit(picture, "nearest")
+    assert tuple(fitted.shape[1:]) == wanted and placement.restore(fitted).shape == picture.shape
+
+
+def test_where_any_size_is_taken_the_nearest_is_the_images_own(sources):
+    translator = Translator(FakeBackend())
+    for size in ((33, 47), (64, 32)):
+        picture = sources[0, :, : size[0], : size[1]].contiguous()
+        assert torch.equal(translator.fit(picture, "nearest")[0], translator.fit(picture, "own")[0])
+
+
 def test_backend_limits_are_the_translators_limits(sources):
     translator = Translator(FakeBackend(native_size=(32, 48), sizes=((32, 48),), max_batch=2))
     assert len(translator.translate_images(list(sources), seeds=range(5), batch_size=99)) == 5

@@ -129,8 +129,17 @@ def test_several_sizes_share_a_bundle(checkpoint: Path, tmp_path: Path):
         assert (
             translator(wide, seeds=[1, 2, 3]).shape == wide.shape and translator(SOURCES, seeds=[1, 2, 3]).shape == SOURCES.shape
         )
+        (narrow,) = translator.translate_images([SOURCES[0, :, :, :20]], seeds=[1], size="nearest")  # into the square, by padding
+        assert narrow.shape == (3, 32, 20) and translator.fit(wide[0], "nearest")[0].shape == (3, 32, 48)
         with pytest.raises(ValueError, match="image is 64 x 32; this backend takes 32 x 32, 48 x 32"):
             translator(torch.cat([SOURCES, SOURCES], dim=3), seeds=[1, 2, 3])
+
+
+def test_a_bundle_without_the_size_of_training_fits_images_to_one_that_it_has(checkpoint: Path, tmp_path: Path):
+    build(checkpoint, tmp_path / "bundle", Order(sizes=((32, 48), (48, 32)), images=1))
+    with Translator(OnnxBackend.open(tmp_path / "bundle")) as translator:
+        assert translator.native_size == (32, 48)
+        assert translator.translate_image(SOURCES[0], seed=1).shape == SOURCES[0].shape
 
 
 @pytest.mark.parametrize(
@@ -146,15 +155,22 @@ def test_an_order_that_cannot_be_met_leaves_nothing_behind(change: dict, reason:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_is_full_is_a_line_and_nothing_is_left(checkpoint: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    "limit, said",
+    [
+        (300_000, "File too large: {out}"),
+        (100_000, "has no room for a graph (problem writing element"),  # already where a graph is tried out
+    ],
+)
+def test_a_disk_that_is_full_is_a_line_and_nothing_is_left(limit: int, said: str, checkpoint: Path, tmp_path: Path):
     code = f"""
 import resource, sys
 from clipdit.cli import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 sys.exit(main(["export", "--model", {str(checkpoint)!r}, "--out", {str(tmp_path / "bundle")!r}]))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "File too large" in done.stderr.splitlines()[-1] and str(tmp_path / "bundle") in done.stderr.splitlines()[-1]
+    assert said.format(out=tmp_path / "bundle") in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
 

@@ -47,14 +47,15 @@ class BundleBackend:
     ):
         """`in_parts`: never a whole translation in one call, for who asks what goes from part to part."""
         model = bundle.manifest.model
+        sizes = tuple(size_of(name) for name in bundle.manifest.variants[variant].parts)
         self.variant = variant
         self.limits = Limits(
             device=device or torch.device("cpu"),
             dtype=DTYPES[bundle.manifest.variants[variant].recipe.compute],
             max_batch=bundle.manifest.max_batch,
-            sizes=tuple(size_of(name) for name in bundle.manifest.variants[variant].parts),
+            sizes=sizes,
             multiple=model.multiple,
-            native_size=model.native_size,
+            native_size=model.native_size if model.native_size in sizes else sizes[0],
             latent_channels=model.latent_channels,
             downscale=model.downscale,
         )

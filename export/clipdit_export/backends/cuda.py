@@ -34,7 +34,10 @@ def _to_torch(trt: Any, dtype: Any) -> torch.dtype:
 class EngineGraph:
     """An engine as a function of tensors on its GPU, on PyTorch's current stream."""
 
-    def __init__(self, trt: Any, path: Path, device: torch.device, *, cache: Path | None = None):
+    def __init__(self, trt: Any, path: Path, device: torch.device, *, cache: Path | None = None, weights_of: Path | None = None):
+        """`cache`: where TensorRT-RTX keeps its kernels. `weights_of`: the graph that a stripped engine takes its weights from.
+
+        ValueError, one line, for an engine that cannot be opened here, or a graph that does not fit it."""
         self._trt, self._device, self._cache, told = trt, device, cache, logger_of(trt)
         with torch.cuda.device(device):
             self._runtime = trt.Runtime(told)  # kept: the engine lives in it
@@ -42,6 +45,8 @@ class EngineGraph:
             if self._engine is None:
                 reason = told.last or "it gave no reason"
                 raise ValueError(f"{path.name}: {trt.__name__} {trt.__version__} cannot open it here: {reason}; export again")
+            if weights_of is not None:
+                self._fill(weights_of, told)
             self._runtime_cache = None
             self._context = self._engine.create_execution_context() if cache is None else self._cached_context(cache)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
@@ -49,6 +54,14 @@ class EngineGraph:
         self._read = [name for name in names if modes[name] == trt.TensorIOMode.INPUT]
         self._made = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
         self._dtypes = {name: _to_torch(trt, self._engine.get_tensor_dtype(name)) for name in names}
+
+    def _fill(self, graph: Path, told: Any) -> None:
+        refitter = self._trt.Refitter(self._engine, told)
+        taken = self._trt.OnnxParserRefitter(refitter, told).refit_from_file(str(graph)) and refitter.refit_cuda_engine()
+        if not taken:
+            missing = ", ".join(refitter.get_missing_weights()[:3])
+            reason = f"{missing} ... are missing" if missing else told.last or "it gave no reason"
+            raise ValueError(f"{graph.name}: its weights do not fit the stripped engine: {reason}; export again")
 
     def __call__(self, given: Tensors) -> Tensors:
         inputs = {name: given[name].to(self._device, self._dtypes[name]).contiguous() for name in self._read}
@@ -103,7 +116,20 @@ class EngineBackend(BundleBackend):
         return None
 
     def _load(self, path: Path, variant: Variant) -> Graph:
-        return EngineGraph(load(self.target), path, self.limits.device)
+        weights = self._weights_of(path, variant)
+        return EngineGraph(load(self.target), path, self.limits.device, cache=self._cache_of(path), weights_of=weights)
+
+    def _cache_of(self, path: Path) -> Path | None:
+        return None
+
+    def _weights_of(self, path: Path, variant: Variant) -> Path | None:
+        """The graph that an engine was built from, where the engine holds no weights."""
+        if "stripped" not in variant.engine:
+            return None
+        graphs = self._bundle.manifest.variants[f"onnx-{variant.precision}"].parts
+        at = [(size, part) for size, parts in variant.parts.items() for part, file in parts.items() if path.match(file)]
+        size, part = at[0]
+        return self._bundle.checked(graphs[size][part])
 
 
 class TensorRtBackend(EngineBackend):
@@ -121,10 +147,9 @@ class TensorRtRtxBackend(EngineBackend):
     target = "tensorrt-rtx"
     preference = 35
 
-    def _load(self, path: Path, variant: Variant) -> Graph:
+    def _cache_of(self, path: Path) -> Path:
         gpu = torch.cuda.get_device_name(self.limits.device).replace(" ", "-")
-        cache = cache_home() / "tensorrt-rtx" / f"{file_entry(path).sha256[:32]}.{gpu}"
-        return EngineGraph(load(self.target), path, self.limits.device, cache=cache)
+        return cache_home() / "tensorrt-rtx" / f"{file_entry(path).sha256[:32]}.{gpu}"
 
 
 class OnnxCudaBackend(BundleBackend):

@@ -37,8 +37,8 @@ def export(
         targets: what to build, separated by commas: onnx, tensorrt, tensorrt-rtx.
         precision: which variants, separated by commas: fp32, fp16, bf16, int8, fp8, int8-weights, int4-weights.
         gpus: compute capabilities of TensorRT-RTX engines, separated by commas: sm75, sm80, sm86, sm89, sm120, sm121.
-        engine: how engines are built, separated by commas: refittable; for TensorRT also hardware-compatible (Ampere and later),
-            version-compatible (later versions of TensorRT).
+        engine: how engines are built, separated by commas: refittable; stripped (without weights, which then come from the
+            bundle's graphs); for TensorRT also hardware-compatible (Ampere and later), version-compatible (later versions of it).
         sizes: of the images that it shall take, HEIGHTxWIDTH or one side, separated by commas; the checkpoint's own if not given.
         unroll: numbers of steps for which a whole translation becomes one graph, too, with the checkpoint's solver and guidance.
         opset: of the step: 20 spells attention out, 23 has it as one node; measured takes what ONNX Runtime runs faster here.

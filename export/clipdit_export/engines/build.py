@@ -80,6 +80,7 @@ def add_engines(
                     "parts": files,
                     "runs_on": f"GPUs of compute capability {where}",
                     "gpus": tuple(served),
+                    "engine": tuple(flags),
                     "audit": audits,
                 }
             )

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from clipdit.files import write_atomically
 from clipdit_export.engines.api import EngineTarget, load, logger_of
 
-Flag = Literal["refittable", "hardware_compatible", "version_compatible"]
+Flag = Literal["refittable", "stripped", "hardware_compatible", "version_compatible"]
 """Of `EngineOptions`, those that a user chooses."""
 
 
@@ -32,7 +32,7 @@ class EngineOptions:
     refittable: bool = False
     """Weights can be exchanged without a build."""
     stripped: bool = False
-    """The engine holds no weights; they come from the graph when it is opened. Implies refittable."""
+    """The engine holds no weights, which come from the bundle's graphs when it is opened. Implies refittable."""
     hardware_compatible: bool = False
     """TensorRT: runs on Ampere and later, more slowly."""
     version_compatible: bool = False
@@ -68,6 +68,7 @@ def build_engine(target: EngineTarget, graph: Path, options: EngineOptions, *, n
     parser = trt.OnnxParser(network, told)
     if not parser.parse_from_file(str(graph)):
         raise EngineError(f"{graph.name}: {parser.get_error(0).desc() if parser.num_errors else 'the parser gave no reason'}")
+    _let_attention_decompose(trt, network)
     config = builder.create_builder_config()
     _set_flags(trt, config, target, options)
     config.add_optimization_profile(_profile(builder, network, options.batches))
@@ -89,11 +90,29 @@ def build_engine(target: EngineTarget, graph: Path, options: EngineOptions, *, n
     return Built(data=bytes(serialized), network=_products(trt, network))
 
 
+def _let_attention_decompose(trt: ModuleType, network: Any) -> None:
+    """Attention as one node (opset 23) has no kernel for every type and width of a head; unless it may be taken apart, the build
+    then fails: always in fp32, for one."""
+    for layer in _layers(network):
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # how NVIDIA's samples cast: a network hands out plain ILayers
+            layer.attention.decomposable = True
+
+
 def _products(trt: ModuleType, network: Any) -> Counter[str]:
-    kinds = {trt.LayerType.MATRIX_MULTIPLY, trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION}
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    """An attention counts as the two products that it is made of."""
+    kinds = {trt.LayerType.MATRIX_MULTIPLY: 1, trt.LayerType.CONVOLUTION: 1, trt.LayerType.DECONVOLUTION: 1}
+    kinds[trt.LayerType.ATTENTION_INPUT] = 2
     types = {trt.float32: "fp32", trt.float16: "fp16", trt.bfloat16: "bf16"}
-    return Counter(types.get(layer.get_input(0).dtype, "other") for layer in layers if layer.type in kinds)
+    counts: Counter[str] = Counter()
+    for layer in _layers(network):
+        if layer.type in kinds:
+            counts[types.get(layer.get_input(0).dtype, "other")] += kinds[layer.type]
+    return counts
+
+
+def _layers(network: Any) -> list[Any]:
+    return [network.get_layer(i) for i in range(network.num_layers)]
 
 
 def _set_flags(trt: ModuleType, config: Any, target: EngineTarget, options: EngineOptions) -> None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from jaxtyping import Float
 
 from clipdit_export.names import WHOLE, key_of
-from clipdit_export.sessions import Feed, open_session
+from clipdit_export.sessions import Feed, open_model
 
 ROWS = 1024
 """Rows kept of each tensor, drawn evenly over all that was seen."""
@@ -39,8 +39,7 @@ def observe(model: ir.Model, feeds: Iterable[Feed], nodes: Iterable[ir.Node], *,
     generator = np.random.default_rng(seed)
     with TemporaryDirectory() as folder:
         with _as_outputs(model, list(inside.values())):
-            ir.save(model, Path(folder) / "model.onnx", external_data="weights")
-        session = open_session(Path(folder) / "model.onnx")
+            session = open_model(model, Path(folder))
         given = {i.name for i in session.get_inputs()}
         for feed in feeds:
             feed = {name: array for name, array in feed.items() if name in given}

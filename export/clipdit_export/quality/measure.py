@@ -1,6 +1,7 @@
 """What the gate decides by: drift of every step, distance of final images, and time, side by side in one run."""
 
 from collections.abc import Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -33,7 +34,6 @@ class Judge:
             self._network = STLPIPS()
         except MissingWeights:
             self._network = None
-        self._steps: dict[str, Graph] = {}
         self._exact: list[list[Feed]] | None = None
 
     def quality(self, variant: str) -> Quality:
@@ -66,26 +66,27 @@ class Judge:
         """By row of the table, over the first batch of images."""
         feeds = [row[: len(row) // self.reference.batches] for row in self.reference.by_row()]
         if self._exact is None:
-            self._exact = [self._answers(REFERENCE, row) for row in feeds]
-        got = [self._answers(variant, row) for row in feeds]
+            self._exact = self._answers(REFERENCE, feeds)
+        got = self._answers(variant, feeds)
         return tuple(relative_error(one, exact) for one, exact in zip(got, self._exact, strict=True))
 
-    def _answers(self, variant: str, feeds: Sequence[Feed]) -> list[Feed]:
-        graph = self._step(variant)
-        return [{n: t.cpu().numpy() for n, t in graph({n: torch.from_numpy(a) for n, a in f.items()}).items()} for f in feeds]
+    def _answers(self, variant: str, rows: Sequence[Sequence[Feed]]) -> list[list[Feed]]:
+        """Of a variant's step, which is open no longer than this takes."""
+        size = name_of((self.sources.shape[-2], self.sources.shape[-1]))
+        with closing(open_variant(self.bundle, variant)) as backend:
+            step = backend.graph(size, "step")
+            return [[_on_numpy(step, feed) for feed in row] for row in rows]
 
-    def _step(self, variant: str) -> Graph:
-        if variant not in self._steps:
-            size = name_of((self.sources.shape[-2], self.sources.shape[-1]))
-            self._steps[variant] = open_variant(self.bundle, variant).graph(size, "step")
-        return self._steps[variant]
+
+def _on_numpy(graph: Graph, feed: Feed) -> Feed:
+    return {name: tensor.cpu().numpy() for name, tensor in graph({n: torch.from_numpy(a) for n, a in feed.items()}).items()}
 
 
 def measure_speed(bundle: Bundle, variants: Sequence[str], source_u8: ImageU8, *, seconds: float) -> dict[str, Speed]:
     """Milliseconds for one image, from pixels to pixels; the variants take turns."""
     translators = [Translator(open_variant(bundle, name)) for name in variants]
     calls = [lambda t=translator: t(source_u8[:1], seeds=[0]) for translator in translators]
-    spreads = time_calls_ms(calls, torch.device("cpu"), seconds=seconds)
+    spreads = time_calls_ms(calls, torch.device("cpu"), at_least=3, seconds=seconds)  # large models take a minute an image
     for translator in translators:
         translator.backend.close()
     cpu = str(hardware()["cpu"])

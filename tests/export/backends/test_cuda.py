@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,13 +116,35 @@ class RuntimeCache:
         return b"kernels"
 
 
+class Refitter:
+    def __init__(self, engine, logger):
+        self.engine = engine
+
+    def refit_cuda_engine(self):
+        return self.engine.session is not None
+
+    def get_missing_weights(self):
+        return [] if self.engine.session else ["blocks.0.fc1.weight"]
+
+
+class OnnxParserRefitter:
+    def __init__(self, refitter, logger):
+        self.refitter = refitter
+
+    def refit_from_file(self, model):
+        if "vae_decoder" in model:  # what the engine was built from
+            self.refitter.engine.session = open_session(Path(model))
+        return True
+
+
 class Logger:
     ERROR = 1
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
+def stand_in(monkeypatch, bundle: Path):
     """A module like tensorrt, whose "engine" is the path of a graph."""
+    part_of_decoder = part(bundle, "vae_decoder")
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
 
@@ -133,13 +156,17 @@ def stand_in(monkeypatch):
             if data == b"of another GPU":
                 self.logger.log(Logger.ERROR, "the engine was built for another GPU")
                 return None
+            if data == b"stripped":
+                engine = Engine(open_session(part_of_decoder))
+                engine.session = None
+                return engine
             return Engine(open_session(Path(data.decode())))
 
     names = "float32 float16 bfloat16 int64 int32 uint8 bool".split()
     modes, graphs = SimpleNamespace(INPUT="INPUT", OUTPUT="OUTPUT"), SimpleNamespace(WHOLE_GRAPH_CAPTURE=1)
     return SimpleNamespace(
         __name__="tensorrt_rtx", __version__="0", Runtime=Runtime, ILogger=Logger, TensorIOMode=modes, CudaGraphStrategy=graphs,
-        **{name: name for name in names},
+        Refitter=Refitter, OnnxParserRefitter=OnnxParserRefitter, **{name: name for name in names},
     )  # fmt: skip
 
 
@@ -156,6 +183,25 @@ def test_an_engine_is_given_the_addresses_of_tensors_and_its_kernels_are_kept(st
         assert cache.read_bytes() == b"kernels"
 
 
+def test_a_stripped_engine_takes_its_weights_from_the_graph_that_it_was_built_from(stand_in, bundle: Path, monkeypatch):
+    manifest = open_bundle(bundle).manifest
+    graphs = manifest.variants["onnx-fp32"]
+    engines = {size: {name: f"engines/{size}.{name}.engine" for name in parts} for size, parts in graphs.parts.items()}
+    stripped = {"target": "tensorrt", "parts": engines, "engine": ("stripped",), "gpus": ()}
+    variants = manifest.variants | {"tensorrt-fp32": graphs.model_copy(update=stripped)}
+    opened = replace(open_bundle(bundle), manifest=manifest.model_copy(update={"variants": variants}))
+    monkeypatch.setattr(cuda, "load", lambda target: stand_in)
+    backend = TensorRtBackend(opened, "tensorrt-fp32", device=CPU)
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"stripped" if path.suffix == ".engine" else real(path))
+    graph = backend._load(bundle / engines["32x32"]["vae_decoder"], variants["tensorrt-fp32"])
+    given = latents(2, 0)
+    wanted = call(open_session(part(bundle, "vae_decoder")), {"latent": given.numpy()})
+    assert all(np.array_equal(graph({"latent": given})[name].numpy(), wanted[name]) for name in wanted)
+    with pytest.raises(ValueError, match=r"weights do not fit the stripped engine: blocks\.0\.fc1\.weight \.\.\. are missing"):
+        EngineGraph(stand_in, bundle / "e.engine", CPU, weights_of=part(bundle, "step"))
+
+
 def test_an_engine_that_cannot_be_opened_is_a_line_with_the_runtimes_own_reason(stand_in, tmp_path: Path):
     (tmp_path / "e.engine").write_bytes(b"of another GPU")
     with pytest.raises(ValueError, match=r"e\.engine: tensorrt_rtx 0 cannot open it here: the engine was built for another"):
@@ -168,6 +214,7 @@ def test_the_stand_in_has_nothing_that_the_real_package_lacks(stand_in):
 
     pairs = {Context: real.IExecutionContext, Engine: real.ICudaEngine, RuntimeConfig: real.IRuntimeConfig}
     pairs |= {RuntimeCache: real.IRuntimeCache, stand_in.Runtime: real.Runtime}
+    pairs |= {Refitter: real.Refitter, OnnxParserRefitter: real.OnnxParserRefitter}
     for mine, theirs in pairs.items():
         assert {name for name in vars(mine) if not name.startswith("_")} <= set(dir(theirs))
     assert all(hasattr(real, name) for name in vars(stand_in))

@@ -3,14 +3,21 @@
 from dataclasses import replace
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 
+from clipdit.testing import tiny_pipeline
 from clipdit_export.audit import WrongPrecision, check
 from clipdit_export.bundle import open_bundle
 from clipdit_export.engines.api import capabilities, why_not
 from clipdit_export.engines.build import audit
 from clipdit_export.engines.builder import Built, EngineError, EngineOptions, build_engine
+from clipdit_export.engines.plan_text import products
+from clipdit_export.graphs import OPSETS, trace
+from clipdit_export.parts import cut
+from clipdit_export.precision.apply import apply
+from clipdit_export.precision.recipe import default_recipe
 
 needs_rtx = pytest.mark.skipif(why_not("tensorrt-rtx") is not None, reason=why_not("tensorrt-rtx") or "")
 OPTIONS = EngineOptions(batches=(1, 2, 4), gpus=("SM89", "SM120"))
@@ -39,6 +46,20 @@ def test_every_part_becomes_an_engine_that_computes_in_what_its_graph_says(preci
         assert found.read_from == "engine" and set(found.counts) == {precision}
         assert sum(found.counts.values()) <= sum(graphs[part].counts.values())  # products of one input are merged
         assert set(engine.network) == {precision}
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_attention_as_one_node_becomes_the_engine_that_five_nodes_become(precision: str, tmp_path: Path):
+    part = next(part for part in cut(tiny_pipeline(), (32, 32)) if part.name == "step")
+    counts = []
+    for opset in OPSETS:
+        path = tmp_path / f"{opset}.onnx"
+        model = apply(trace(part, opset=opset), "step", default_recipe(precision), {})
+        ir.save(model, path, external_data=f"{opset}.weights")
+        engine = build_engine("tensorrt-rtx", path, OPTIONS)
+        counts.append((products(engine.data), engine.network))
+    assert counts[0] == counts[1] and set(counts[0][0]) == {precision}
 
 
 @needs_rtx
