@@ -80,7 +80,7 @@ class Assembly:
         self.key, self.model, self.objective = key, model_of(pipeline, fingerprint), pipeline.objective
         self.variants: dict[str, Variant] = {}
         self.skipped: dict[str, str] = {}
-        self.opset_ms: dict[str, float] = {}
+        self.opset, self.opset_ms = 0, dict[str, float]()
         self.calls: list[Feed] = []
         self.recorded: dict[str, list[Feed]] = {}
         self._entries: dict[tuple[str, int, int], File] = {}
@@ -114,7 +114,7 @@ class Assembly:
         with WeightFile(self.folder / "graphs" / "weights.bin") as weights:
             order, fingerprint = self.order, self.model.checkpoint
             traced = trace_all(self.pipeline, sizes, unroll=order.unroll, opset=order.opset, fingerprint=fingerprint)
-            graphs, self.opset_ms = traced.graphs, traced.opset_ms
+            graphs, self.opset, self.opset_ms = traced.graphs, traced.opset, traced.opset_ms
             self._add_variant(graphs, default_recipe("fp32"), {}, weights)
             others = [recipe for recipe in self.order.recipes if recipe.name != "fp32"]
             needed = any(r.quantize in ("int8", "fp8") or (r.quantize and self.order.search) for r in others)
@@ -303,6 +303,7 @@ class Assembly:
             files={path.relative_to(self.folder).as_posix(): self._entry(path) for path in files},
             calibration=self.pictures.said,
             skipped=self.skipped,
+            opset=self.opset,
             opset_ms=self.opset_ms,
             versions=export_versions(),
             key=self.key,

@@ -138,6 +138,8 @@ class Manifest(_Strict):
     """What quantised variants were calibrated on, in words."""
     skipped: dict[str, str] = {}
     """Variants that were asked for and not built, with the reason."""
+    opset: int
+    """Of the graphs of the step in fp32."""
     opset_ms: dict[str, float] = {}
     """Why the step has the opset that it has, where that was measured: milliseconds of a call in ONNX Runtime, by opset."""
     versions: dict[str, str]

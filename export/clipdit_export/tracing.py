@@ -22,6 +22,8 @@ class Traced:
     """The graphs of a checkpoint."""
 
     graphs: Graphs
+    opset: int
+    """Of the step."""
     opset_ms: dict[str, float]
     """Of the step by opset, where it was measured: milliseconds of a call in ONNX Runtime."""
 
@@ -50,7 +52,7 @@ def trace_all(
                     model, times = faster(part)
                     opset, opset_ms = model.opset_imports[""], {str(known): ms for known, ms in times.items()}
                 else:
-                    model = trace(part, opset=opset or OPSETS[0] if part.name == "step" else OPSETS[0])
+                    model = trace(part, opset=opset if part.name == "step" and opset else OPSETS[0])
                 doc = (type(part.module).__doc__ or "").strip().splitlines()[0]
                 describe(model, part.name, doc, {"checkpoint": fingerprint, "size": size})
                 graphs[size][part.name] = model
@@ -58,4 +60,4 @@ def trace_all(
             parts_alone = {name: model for name, model in graphs[size].items() if not name.startswith(WHOLE)}
             for name in graphs[size].keys() - parts_alone.keys():
                 attribute(graphs[size][name], parts_alone)
-    return Traced(graphs=graphs, opset_ms=opset_ms)
+    return Traced(graphs=graphs, opset=opset or OPSETS[0], opset_ms=opset_ms)

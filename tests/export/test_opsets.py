@@ -67,8 +67,10 @@ def test_a_bundle_says_what_was_measured(bundle: Path):
     manifest = open_bundle(bundle).manifest
     assert manifest.opset_ms.keys() == {"20", "23"}
     step = onnx.load(bundle / manifest.variants[REFERENCE].parts["32x32"]["step"], load_external_data=False)
-    assert step.opset_import[0].version == choose({int(opset): ms for opset, ms in manifest.opset_ms.items()})
-    assert "ms at opset 20" in describe("bundle", manifest)
+    assert step.opset_import[0].version == manifest.opset == choose({int(opset): ms for opset, ms in manifest.opset_ms.items()})
+    assert "ms at opset 20" in describe("bundle", manifest) and f"exported is opset {manifest.opset}" in describe(
+        "bundle", manifest
+    )
 
 
 def test_an_opset_that_is_not_exported_is_refused():

@@ -1,13 +1,16 @@
 """What the gate decides by: drift of every step, distance of final images, and time, side by side in one run."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 
+import psutil
 import torch
 from torch import Tensor
 
 from clipdit.images import to_float
-from clipdit.measuring import time_calls_ms
+from clipdit.measuring import Spread, time_calls_ms
 from clipdit.metrics.perceptual import STLPIPS
 from clipdit.metrics.pixels import psnr, ssim
 from clipdit.metrics.weights import MissingWeights
@@ -22,6 +25,8 @@ from clipdit_export.names import name_of
 from clipdit_export.precision.search import relative_error
 from clipdit_export.quality.trajectory import Trajectory, record
 from clipdit_export.sessions import Feed
+
+logger = logging.getLogger(__name__)
 
 
 class Judge:
@@ -83,17 +88,45 @@ def _on_numpy(graph: Graph, feed: Feed) -> Feed:
 
 
 def measure_speed(bundle: Bundle, variants: Sequence[str], source_u8: ImageU8, *, seconds: float) -> dict[str, Speed]:
-    """Milliseconds for one image, from pixels to pixels; the variants take turns."""
-    translators = [Translator(open_variant(bundle, name)) for name in variants]
-    calls = [lambda t=translator: t(source_u8[:1], seeds=[0]) for translator in translators]
-    spreads = time_calls_ms(calls, torch.device("cpu"), at_least=3, seconds=seconds)  # large models take a minute an image
-    for translator in translators:
-        translator.backend.close()
+    """Milliseconds for one image, from pixels to pixels; the variants, the reference among them, take turns.
+
+    Where there is no memory for all of them at once, each takes turns with the reference, and its time is given at the
+    reference's speed in the first pair."""
+    others = [name for name in variants if name != REFERENCE]
+    found: dict[str, Spread] = {}
+    for group in _groups(bundle, others, source_u8):
+        translators = [Translator(open_variant(bundle, name)) for name in (REFERENCE, *group)]
+        calls = [lambda t=translator: t(source_u8[:1], seeds=[0]) for translator in translators]
+        # three rounds, at least: large models take a minute an image
+        exact, *spreads = time_calls_ms(calls, torch.device("cpu"), at_least=3, seconds=seconds)
+        for translator in translators:
+            translator.backend.close()
+        pace = found.setdefault(REFERENCE, exact).median / exact.median
+        found |= {name: _at(spread, pace) for name, spread in zip(group, spreads, strict=True)}
     cpu = str(hardware()["cpu"])
     return {
         name: Speed(per_image_ms=spread.median, spread_ms=(spread.low, spread.high), hardware=cpu)
-        for name, spread in zip(variants, spreads, strict=True)
+        for name, spread in found.items()
     }
+
+
+def _groups(bundle: Bundle, others: Sequence[str], source_u8: ImageU8) -> list[list[str]]:
+    """All of them, or each alone, by what the reference takes: it is the largest."""
+    if not others:
+        return [[]]
+    process = psutil.Process()
+    before = process.memory_info().rss
+    with Translator(open_variant(bundle, REFERENCE)) as reference:
+        reference(source_u8[:1], seeds=[0], steps=1)
+        taken = process.memory_info().rss - before
+    if taken * len(others) <= psutil.virtual_memory().available:
+        return [list(others)]
+    logger.info("%.1f GB for each of %d variants are not there: they are timed one by one", taken / 1e9, len(others))
+    return [[name] for name in others]
+
+
+def _at(spread: Spread, pace: float) -> Spread:
+    return replace(spread, median=pace * spread.median, low=pace * spread.low, high=pace * spread.high, p95=pace * spread.p95)
 
 
 def as_reference(trajectory: Trajectory) -> Quality:
