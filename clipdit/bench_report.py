@@ -63,9 +63,10 @@ def cost_png(bench: Bench) -> bytes:
         figure = Figure(figsize=(12, 4.5), layout="constrained")
         left, right = figure.subplots(1, 2)
         for entry, look in zip(bench.entries, _looks(), strict=False):
-            sizes, steps = sorted(entry.images_per_s), sorted(entry.image_ms_by_steps)
-            left.plot(sizes, [1000 / entry.images_per_s[size] for size in sizes], label=entry.label, **look)
-            right.plot(steps, [entry.image_ms_by_steps[count] for count in steps], **look)
+            by_size = {1: entry.image.median} | {size: 1000 / rate for size, rate in entry.images_per_s.items()}
+            by_steps = {int(str(bench.protocol["steps"])): entry.image.median} | entry.image_ms_by_steps
+            left.plot(*zip(*sorted(by_size.items()), strict=True), label=entry.label, **look)
+            right.plot(*zip(*sorted(by_steps.items()), strict=True), **look)
         left.set_xlabel(f"images in a call, {bench.protocol['steps']} steps")
         right.set_xlabel("steps, one image")
         for axes in (left, right):
