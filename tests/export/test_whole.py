@@ -20,7 +20,7 @@ from clipdit_export.order import Order
 from clipdit_export.precision.recipe import Recipe, default_recipe
 from clipdit_export.sessions import call, open_session
 
-SOURCES = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+SOURCES = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 KEPT = Recipe(name="kept", quantize="int8", parts=("step",), keep=("step:blocks.0.qkv/*",))
 PART = "whole_euler2_1.5"
 
@@ -41,10 +41,11 @@ def graph(bundle: Path, variant: str, part: str = PART) -> Path:
     return bundle / open_bundle(bundle).manifest.variants[variant].parts["32x32"][part]
 
 
-def test_it_alone_makes_the_images_of_the_checkpoint(whole: Path):
-    noise = seeded_noise([1, 2, 3], (4, 8, 8))
-    got = call(open_session(graph(whole, "onnx-fp32")), {"noise": noise.numpy(), "source_u8": SOURCES.numpy()})
-    wanted = Translator.open(whole.with_name("checkpoint"), backend="eager")(SOURCES, seeds=[1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_it_alone_makes_the_images_of_the_checkpoint(whole: Path, batch: int):
+    noise, sources = seeded_noise(range(batch), (4, 8, 8)), SOURCES[:batch]
+    got = call(open_session(graph(whole, "onnx-fp32")), {"noise": noise.numpy(), "source_u8": sources.numpy()})
+    wanted = Translator.open(whole.with_name("checkpoint"), backend="eager")(sources, seeds=range(batch))
     assert got["finite"].all()
     assert (torch.from_numpy(got["image_u8"]).int() - wanted.int()).abs().max() <= 1
 
@@ -53,12 +54,12 @@ def test_the_translator_takes_it_where_it_fits_and_the_parts_elsewhere(whole: Pa
     calls: Counter[str] = Counter()
     backend = OnnxBackend(open_bundle(whole), "onnx-fp32", on_call=lambda part, _: calls.update([part]))
     with Translator(backend) as translator:
-        one = translator(SOURCES, seeds=[1, 2, 3])
+        one = translator(SOURCES, seeds=range(4))
         assert calls == {PART: 1}
         seen: list[int] = []
-        parts = translator(SOURCES, seeds=[1, 2, 3], on_step=lambda i, _: seen.append(i))  # who watches the steps gets steps
+        parts = translator(SOURCES, seeds=range(4), on_step=lambda i, _: seen.append(i))  # who watches the steps gets steps
         assert seen == [0, 1] and calls["step"] == 4 and (one.int() - parts.int()).abs().max() <= 1
-        translator(SOURCES, seeds=[1, 2, 3], steps=3)
+        translator(SOURCES, seeds=range(4), steps=3)
         assert calls[PART] == 1
 
 
@@ -82,9 +83,9 @@ def test_a_node_that_a_recipe_keeps_is_kept_in_every_step(whole: Path):
 
 
 def test_quantised_it_stays_as_near_as_the_quantised_parts(whole: Path):
-    exact = Translator.open(whole, backend="onnx:onnx-fp32")(SOURCES, seeds=[1, 2, 3])
+    exact = Translator.open(whole, backend="onnx:onnx-fp32")(SOURCES, seeds=range(4))
     with Translator.open(whole, backend="onnx:onnx-int8") as translator:
-        one = translator(SOURCES, seeds=[1, 2, 3])
-        parts = translator(SOURCES, seeds=[1, 2, 3], on_step=lambda *_: None)
+        one = translator(SOURCES, seeds=range(4))
+        parts = translator(SOURCES, seeds=range(4), on_step=lambda *_: None)
     errors = [float((images.float() - exact.float()).square().mean()) for images in (one, parts)]
     assert 0 < errors[0] <= 1.5 * errors[1]
