@@ -38,7 +38,7 @@ def test_export_as_json_is_the_manifest(checkpoint: Path, tmp_path: Path, capsys
         (["--precision", "fp23"], "precision is 'fp23'; wanted one of fp32, fp16, bf16"),
         (["--targets", "coreml"], "--targets has coreml; wanted some of onnx, openvino, tensorrt, tensorrt-rtx"),
         (["--targets", "tensorrt-rtx"], "name them, as --gpus sm89,sm120"),
-        (["--engine", "fast"], "--engine has fast; wanted some of refittable, hardware-compatible, version-compatible"),
+        (["--engine", "fast"], "--engine has fast; wanted some of refittable, stripped, hardware-compatible, version-compatible"),
         (["--sizes", "large"], '--sizes has "large"; wanted a side in pixels such as 256'),
         (["--max-batch", "0"], "max_batch is 0; wanted at least 1"),
         (["--recipe", "none.json"], "there is no recipe none.json"),
