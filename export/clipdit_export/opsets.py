@@ -1,7 +1,7 @@
 """Attention spelled out in five nodes (opset 20) or as one (opset 23): both are traced, and the faster one is exported.
 
-Which it is depends on the runtime and its version: ONNX Runtime 1.32 on a CPU runs the five nodes faster; OpenVINO and
-TensorRT-RTX make the same kernels of both. Only the step is asked: it runs at every time of the loop. VAEs stay at 20: their
+Which it is depends on model, runtime and version, so it is measured, with ONNX Runtime on the CPU.
+Only the step is asked: it runs at every time of the loop. VAEs stay at 20: their
 attention has heads that are too wide for the fused kernels of TensorRT (NVIDIA/TensorRT#4705).
 """
 

@@ -34,7 +34,7 @@ def export(
     Args:
         out: the bundle folder; one that is there is replaced when the new one is whole.
         model: checkpoint folder; the built-in one if not given.
-        targets: what to build, separated by commas: onnx, openvino (a CPU runs it fastest), tensorrt, tensorrt-rtx.
+        targets: what to build, separated by commas: onnx, openvino, tensorrt, tensorrt-rtx.
         precision: which variants, separated by commas: fp32, fp16, bf16, int8, fp8, int8-weights, int4-weights.
         gpus: compute capabilities of TensorRT-RTX engines, separated by commas: sm75, sm80, sm86, sm89, sm120, sm121.
         engine: how engines are built, separated by commas: refittable; stripped (without weights, which then come from the
