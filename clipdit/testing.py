@@ -114,6 +114,7 @@ def full_size_checkpoint(folder: Path, experiment: TranslationExperiment) -> Pat
         torch.manual_seed(0)
         widths = (128, 256, 512, 512)
         vae = AutoencoderKL(
+            # diffusers writes tuple[str] where it means any length
             down_block_types=("DownEncoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
             up_block_types=("UpDecoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
             block_out_channels=widths,  # pyright: ignore[reportArgumentType]
