@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ShapeInferencePass
 from onnxscript import opset20 as op
+from onnxscript.optimizer import fold_constants
 
 from clipdit_export.naming import rename
 from clipdit_export.parts import Part
@@ -62,6 +63,7 @@ def trace(part: Part, *, opset: int = OPSETS[0]) -> ir.Model:
     model = program.model
     for value in model.graph.inputs:  # a len() of a tensor in the traced code is enough to fix it, silently
         assert value.shape is not None and not isinstance(value.shape[0], int), f"{part.name}: the batch of {value.name} is fixed"
+    _turn_weights(model)
     rename(model)
     _strip(model)
     ShapeInferencePass(strict_mode=False)(model)  # what lowers a graph asks for the type of every value
@@ -97,6 +99,21 @@ def _free_batch(part: Part) -> dict[str, Any]:
             waiting.pop(0)
             shapes[parameter.name] = {0: batch}
     return shapes
+
+
+def _turn_weights(model: ir.Model) -> None:
+    """Weights of linear layers the way their products read them, constants that a recipe can quantise.
+
+    The optimiser has done so, but for large ones that several nodes read, as the steps of an unrolled loop do: each of those
+    keeps a Transpose of its own."""
+    for weight in model.graph.initializers.values():
+        turned: dict[str, ir.Node] = {}
+        for node in [user for user in weight.consumers() if user.op_type == "Transpose"]:
+            same = turned.setdefault(str(node.attributes.get("perm")), node)
+            if same is not node:
+                ir.convenience.replace_all_uses_with(node.outputs[0], same.outputs[0])
+                model.graph.remove(node, safe=True)
+    fold_constants(model)
 
 
 def _strip(model: ir.Model) -> None:

@@ -3,10 +3,12 @@
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from torch import Tensor, nn
 
 from clipdit.pipeline import save_checkpoint
 from clipdit.sampling import seeded_noise
@@ -16,9 +18,12 @@ from clipdit_export.audit import audit_graph
 from clipdit_export.backends.onnx import OnnxBackend
 from clipdit_export.build import build
 from clipdit_export.bundle import open_bundle
+from clipdit_export.graphs import trace
 from clipdit_export.order import Order
+from clipdit_export.parts import Part
+from clipdit_export.precision.quantize import candidates
 from clipdit_export.precision.recipe import Recipe, default_recipe
-from clipdit_export.sessions import call, open_session
+from clipdit_export.sessions import call, open_session, run_model
 
 SOURCES = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 KEPT = Recipe(name="kept", quantize="int8", parts=("step",), keep=("step:blocks.0.qkv/*",))
@@ -80,6 +85,25 @@ def test_a_node_that_a_recipe_keeps_is_kept_in_every_step(whole: Path):
     unpacked = {output for node in nodes.values() if node.op_type == "DequantizeLinear" for output in node.output}
     assert not any(set(nodes[name].input) & unpacked for name in kept)
     assert set(nodes["step.2:blocks.1.qkv/MatMul"].input) <= unpacked
+
+
+class Twice(nn.Module):
+    """A layer of a real network's size in two steps; the optimiser treats small ones otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.dit = nn.Linear(128, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dit(self.dit(x).relu())
+
+
+def test_a_weight_of_real_size_is_a_constant_that_can_be_quantised_in_every_step():
+    part = Part(name="step", module=Twice(), inputs={"x": torch.randn(2, 4, 128)}, outputs=("y",))
+    model = trace(part)
+    assert len(candidates(model)) == 2 and "Transpose" not in {node.op_type for node in model.graph}
+    wanted = part.module(part.inputs["x"]).detach().numpy()
+    np.testing.assert_allclose(run_model(model, [{"x": part.inputs["x"].numpy()}])[0]["y"], wanted, atol=1e-5)
 
 
 def test_quantised_it_stays_as_near_as_the_quantised_parts(whole: Path):
