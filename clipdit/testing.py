@@ -5,6 +5,7 @@ A tolerance is never widened without a reason written beside it.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -54,16 +55,7 @@ def tiny_pipeline(
     matching if none is given. PyTorch's own random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            # diffusers writes tuple[str] where it means any length
-            down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
-            up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
-            block_out_channels=(8, 8, 16),  # pyright: ignore[reportArgumentType]
-            latent_channels=4,
-            norm_num_groups=4,
-            mid_block_add_attention=False,
-            scaling_factor=1.0,
-        )
+        vae = _vae((8, 8, 16), norm_num_groups=4, mid_block_add_attention=False, scaling_factor=1.0)
         clip = CLIPVisionModelWithProjection(
             CLIPVisionConfig(
                 hidden_size=24,
@@ -112,15 +104,7 @@ def full_size_checkpoint(folder: Path, experiment: TranslationExperiment) -> Pat
     CLIP ViT-L/14 (303 M). For speed and memory, which do not ask what the weights are; the images are none."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        widths = (128, 256, 512, 512)
-        vae = AutoencoderKL(
-            # diffusers writes tuple[str] where it means any length
-            down_block_types=("DownEncoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
-            up_block_types=("UpDecoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
-            block_out_channels=widths,  # pyright: ignore[reportArgumentType]
-            layers_per_block=2,
-            latent_channels=4,
-        )
+        vae = _vae((128, 256, 512, 512), layers_per_block=2)
         config = CLIPVisionConfig(
             hidden_size=1024,
             intermediate_size=4096,
@@ -156,3 +140,15 @@ def _wake(dit: DiT) -> None:
     for parameter in dit.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
+
+
+def _vae(widths: tuple[int, ...], **options: Any) -> AutoencoderKL:
+    """Stable Diffusion's kind of VAE, 4 channels: a level for each of `widths`, the sides halved after all but the last."""
+    return AutoencoderKL(
+        # diffusers writes tuple[str] where it means any length
+        down_block_types=("DownEncoderBlock2D",) * len(widths),  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * len(widths),  # pyright: ignore[reportArgumentType]
+        block_out_channels=widths,  # pyright: ignore[reportArgumentType]
+        latent_channels=4,
+        **options,
+    )
