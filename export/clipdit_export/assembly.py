@@ -143,7 +143,8 @@ class Assembly:
             for part, model in of_size.items():
                 made = make(model, part) if make else apply(model, part, recipe, seen_by(model, part, observed))
                 made.metadata_props["precision"] = recipe.name
-                audits[part] = audit_graph(made, wanted_of(recipe, part), expected=expected_share(model, part, recipe))
+                share = expected_share(model, part, recipe, parts=of_size)
+                audits[part] = audit_graph(made, wanted_of(recipe, part), expected=share)
                 if part == "step" or part.startswith(WHOLE):  # the others may hold no product that is large enough
                     check(audits[part], f"{part} of {recipe.name}")
                 files[size][part] = f"graphs/{size}.{recipe.name}.{part}.onnx"

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from clipdit_export.manifest import Audit
+from clipdit_export.names import WHOLE, key_of
 from clipdit_export.precision.quantize import candidates
 from clipdit_export.precision.recipe import Recipe
 
@@ -51,16 +52,28 @@ def _products_in(node: ir.Node) -> int:
     return 2 if node.op_type == "Attention" else 1
 
 
-def expected_share(model: ir.Model, part: str, recipe: Recipe) -> float:
-    """Of the products of a part (fp32, as `trace` makes it), those that a recipe asks to compute in what it names."""
+def expected_share(model: ir.Model, part: str, recipe: Recipe, *, parts: Mapping[str, ir.Model] | None = None) -> float:
+    """Of the products of a part (fp32, as `trace` makes it), those that a recipe asks to compute in what it names.
+
+    `parts`, for a graph of a whole translation: all parts of it. What is asked of them is asked of it, whether or not its own
+    nodes look as if it could be done."""
     products = [node for node in model.graph if node.op_type in PRODUCTS]
-    if wanted_of(recipe, part) == recipe.quantize:
-        leave = recipe.is_not_quantised(part)
-        asked = [node for node in candidates(model) if not leave(node)]
+    if part.startswith(WHOLE) and parts is not None:
+        same = [name for name in parts if not name.startswith(WHOLE) and wanted_of(recipe, name) == wanted_of(recipe, part)]
+        keys = {key_of(name, node) for name in same for node in _asked(parts[name], name, recipe)}
+        asked = [node for node in products if key_of(part, node) in keys]
     else:
-        high = recipe.stays_high(part)
-        asked = [node for node in products if recipe.compute == "fp32" or not high(node)]
+        asked = _asked(model, part, recipe)
     return sum(map(_products_in, asked)) / sum(map(_products_in, products)) if products else 0.0
+
+
+def _asked(model: ir.Model, part: str, recipe: Recipe) -> list[ir.Node]:
+    """The products of a part that a recipe asks to compute in what it names."""
+    if recipe.quantises(part):
+        leave = recipe.is_not_quantised(part)
+        return [node for node in candidates(model) if not leave(node)]
+    high = recipe.stays_high(part)
+    return [node for node in model.graph if node.op_type in PRODUCTS and (recipe.compute == "fp32" or not high(node))]
 
 
 def audit_engine(inspected: str, wanted: str, *, expected: float = 1.0) -> Audit:

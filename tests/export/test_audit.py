@@ -2,10 +2,11 @@
 
 import json
 
+import onnx_ir as ir
 import pytest
 from small_graphs import block, feeds
 
-from clipdit_export.audit import WrongPrecision, audit_engine, audit_graph, check, wanted_of
+from clipdit_export.audit import WrongPrecision, audit_engine, audit_graph, check, expected_share, wanted_of
 from clipdit_export.precision.calibrate import observe
 from clipdit_export.precision.lower import lower
 from clipdit_export.precision.quantize import candidates, quantize
@@ -35,6 +36,24 @@ def test_a_quantised_graph_is_what_it_claims(kind: str):
     audit = audit_graph(model, kind)
     assert audit.counts == {kind: 1, "fp32": 1}
     check(audit, "step")  # a half is enough: ends and islands stay high on purpose
+
+
+def test_a_whole_translation_is_held_to_what_its_parts_do_though_it_hides_its_weights():
+    """A weight behind a Transpose is none that can be quantised; the graph alone would promise nothing and keep that promise."""
+    whole = block()
+    for node in list(whole.graph):
+        if node.op_type == "MatMul":
+            weight = node.inputs[1]
+            turned = ir.Node("", "Transpose", [weight], attributes=[ir.AttrInt64s("perm", [1, 0])], num_outputs=1)
+            whole.graph.insert_before(node, turned)
+            node.replace_input_with(1, turned.outputs[0])
+        node.name = f"step.1:{node.name}"
+    recipe = Recipe(name="int8", quantize="int8", parts=("step",))
+    assert expected_share(whole, "whole_euler1_1", recipe) == 0 and candidates(whole) == []
+    share = expected_share(whole, "whole_euler1_1", recipe, parts={"step": block(), "vae_encoder": block()})
+    assert share == 1
+    with pytest.raises(WrongPrecision, match="asked for in int8 and computes 2 in fp32"):
+        check(audit_graph(whole, "int8", expected=share), "whole")
 
 
 def layer(kind: str, dtype: str) -> dict:
