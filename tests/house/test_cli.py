@@ -188,7 +188,9 @@ def test_a_reader_who_leaves_early_gets_no_complaint():
 
 def test_control_c_ends_a_real_process_with_130():
     code = (
-        "import sys, time; from clipdit.cli import main\n"
+        "import signal, sys, time; from clipdit.cli import main\n"
+        # a shell's job in the background ignores Ctrl-C, and so would all that it starts, this test among them
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def wait() -> int:\n    print('ready', flush=True); time.sleep(60)\n    return 0\n"
         "sys.exit(main(['wait'], verbs={'wait': lambda: wait}))"
     )
