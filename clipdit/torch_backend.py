@@ -1,13 +1,14 @@
 """The backends that run a checkpoint folder with PyTorch: eager, the reference that all others are compared with, and compiled.
 
 What depends on the source alone (keys, values, the projected source latent) is computed at the first `velocity` of a condition
-and kept for as long as the caller keeps that condition, so a step of the loop runs the blocks and nothing else.
+and kept for as long as the caller keeps that condition; `sample` computes the modulation of all steps before the first, and
+positions once. So a step of the loop runs the blocks and nothing else.
 """
 
 import hashlib
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
@@ -18,13 +19,15 @@ from torch import Tensor, nn
 
 from clipdit.backend import Condition, Limits
 from clipdit.images import to_float, to_u8
-from clipdit.model.dit import Context, DiT
+from clipdit.model.dit import Context, DiT, Modulation
 from clipdit.pipeline import PARTS, ClipDiTPipeline, load_checkpoint
-from clipdit.sampling import SamplingTable
+from clipdit.sampling import SamplingTable, guide, sample
 from clipdit.shapes import ImageU8, Latent, Time
 
-Step = Callable[[Tensor, Tensor, Context], Tensor]
-"""(x, t, context) -> prediction: what runs at every step."""
+Step = Callable[[Tensor, Modulation, Context, tuple[Tensor, ...]], Tensor]
+"""(x, modulation, context, positions) -> prediction: what runs at every step; `DiT.forward_prepared`."""
+MODULATION_AT_ONCE = 2**24
+"""Numbers of modulation that are computed ahead at once: 64 MiB in float32."""
 
 VARIANTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What a checkpoint can be opened in by name, as `--backend eager:bf16`."""
@@ -59,6 +62,7 @@ class EagerBackend:
         self._fingerprint: str | None = None
         self._open_pipeline: ClipDiTPipeline | None = pipeline
         self._contexts: WeakKeyDictionary[Condition, Context] = WeakKeyDictionary()
+        self._positions: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by the latent's height and width
         self._step: Step | None = self._build_step(dit)
 
     @classmethod
@@ -124,15 +128,50 @@ class EagerBackend:
         return Condition(tokens=tokens.float(), pooled=pooled.float(), latent=latent)
 
     def velocity(self, x: Latent, t: Time, condition: Condition) -> Latent:
+        self._check(x, t, condition)
+        context = self._context(condition)
+        return self._advance(x, self._pipeline.transformer.modulation(t, context), context)
+
+    def sample(self, noise: Latent, condition: Condition, table: SamplingTable, *, guidance: float = 1.0) -> Latent:
+        """See `clipdit.backend.WholeLoop`: the modulation of many rows comes from one call."""
+        rows: dict[int, Iterator[Modulation]] = {}  # of each condition that guidance asks for
+
+        def velocity(x: Latent, t: Time, of: Condition) -> Latent:
+            self._check(x, t, of)
+            context = self._context(of)
+            return self._advance(x, next(rows.setdefault(id(of), self._modulations(table.times, len(x), context))), context)
+
+        return sample(guide(velocity, condition, guidance, max_batch=self.limits.max_batch), noise, table)
+
+    def _modulations(self, times: Sequence[float], batch: int, context: Context) -> Iterator[Modulation]:
+        """Of `batch` images at each time, computed for as many times at once as memory allows."""
         dit = self._pipeline.transformer
+        at_once = max(1, MODULATION_AT_ONCE // (batch * dit.modulation_table.numel()))
+        for start in range(0, len(times), at_once):
+            some = times[start : start + at_once]
+            t = torch.tensor(some, dtype=torch.float32, device=self.limits.device).repeat_interleave(batch)
+            pooled = None if context.pooled is None else context.pooled.repeat(len(some), 1)
+            made = dit.modulation(t, Context(source_tokens=None, pooled=pooled))
+            for blocks, final in zip(made.blocks.split(batch), made.final.split(batch), strict=True):
+                yield Modulation(blocks=blocks, final=final)
+
+    @staticmethod
+    def _check(x: Latent, t: Time, condition: Condition) -> None:
         if x.shape != condition.latent.shape or t.shape != x.shape[:1]:
             raise ValueError(f"x is {tuple(x.shape)}, t is {tuple(t.shape)}; the condition is of {tuple(condition.latent.shape)}")
-        context = self._contexts.get(condition)
+
+    def _context(self, condition: Condition) -> Context:
+        dit, context = self._pipeline.transformer, self._contexts.get(condition)
         if context is None:
             context = self._contexts[condition] = dit.context(condition.map(lambda tensor: tensor.to(dit.dtype)))
+        return context
+
+    def _advance(self, x: Latent, modulation: Modulation, context: Context) -> Latent:
+        dit, size = self._pipeline.transformer, (x.shape[-2], x.shape[-1])
+        if size not in self._positions:
+            self._positions[size] = dit.positions(*size, x.device)
         assert self._step is not None
-        # contiguous: the loop's t is one number expanded, guidance's is not, and a compiler would build the step for both
-        return self._step(x.to(dit.dtype), t.contiguous(), context).to(x.dtype)
+        return self._step(x.to(dit.dtype), modulation, context, self._positions[size]).to(x.dtype)
 
     def decode(self, latent: Latent) -> ImageU8:
         image = self._pipeline.autoencoder.decode(latent)
@@ -146,6 +185,7 @@ class EagerBackend:
     def close(self) -> None:
         self._open_pipeline = None
         self._contexts.clear()
+        self._positions.clear()
         self._step = None
         if self.limits.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -157,7 +197,7 @@ class EagerBackend:
         return self._open_pipeline
 
     def _build_step(self, dit: DiT) -> Step:
-        return lambda x, t, context: dit.forward_prepared(x, dit.modulation(t, context), context)
+        return dit.forward_prepared
 
 
 class CompiledBackend(EagerBackend):

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipdit.backend import Condition
 from clipdit.model import ops
+from clipdit.model.ops import PLAIN, Ops
 from clipdit.shapes import ClipTokens, Latent, Time, Tokens
 
 Conditioning = Literal["clip", "concat", "both"]
@@ -77,6 +78,8 @@ class MLPEmbedder(nn.Module):
 class CrossAttention(nn.Module):
     """Reads the CLIP tokens. The output projection starts at zero, so that a fresh block adds nothing."""
 
+    ops = PLAIN
+
     def __init__(self, width: int, heads: int, token_width: int):
         super().__init__()
         self.heads = heads
@@ -89,11 +92,13 @@ class CrossAttention(nn.Module):
         return k, v
 
     def forward(self, x: Tokens, k: Tensor, v: Tensor) -> Tokens:
-        return self.out(ops.attention(self.q(x), k, v, heads=self.heads))
+        return self.out(self.ops.attention(self.q(x), k, v, heads=self.heads))
 
 
 class Block(nn.Module):
     """Self-attention, cross-attention (if the block has one), MLP; each a residual branch (adaLN-Zero)."""
+
+    ops = PLAIN
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, norm: Norm, token_width: int | None):
         super().__init__()
@@ -110,23 +115,26 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tokens,
+        normed: Tokens,
         modulation: Float[Tensor, "B six D"],
+        following: Float[Tensor, "B two D"],
         keys_values: tuple[Tensor, Tensor] | None,
         rotary: tuple[Tensor, Tensor] | None,
-    ) -> Tokens:
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.split(1, dim=1)  # each (B, 1, D)
-        normed = ops.norm_modulate(x, shift1, scale1, norm=self.norm)
+    ) -> tuple[Tokens, Tokens]:
+        """x and its modulated norm -> the same for what comes next, whose shift and scale are `following`. A norm belongs to the
+        end of the branch before it: one pass over the tokens, not two."""
+        ops, norm = self.ops, self.norm
+        _, _, gate1, shift2, scale2, gate2 = modulation.split(1, dim=1)  # each (B, 1, D)
         branch = self.out(
             ops.qkv_attention(self.qkv(normed), heads=self.heads, q_weight=self.q_norm, k_weight=self.k_norm, rotary=rotary)
         )
         if self.cross is not None and keys_values is not None:
-            x = ops.gate_residual(x, branch, gate1)
-            x = x + self.cross(ops.layer_norm(x) if self.norm == "layer" else ops.rms_norm(x), *keys_values).to(x.dtype)
-            normed = ops.norm_modulate(x, shift2, scale2, norm=self.norm)
-        else:
-            x, normed = ops.gate_residual_norm_modulate(x, branch, gate1, shift2, scale2, norm=self.norm)
+            x, normed = ops.gate_residual_norm_modulate(x, branch, gate1, None, None, norm=norm)
+            branch, gate1 = self.cross(normed, *keys_values), None
+        x, normed = ops.gate_residual_norm_modulate(x, branch, gate1, shift2, scale2, norm=norm)
         branch = ops.gelu_mlp(normed, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        return ops.gate_residual(x, branch, gate2)
+        shift, scale = following.split(1, dim=1)
+        return ops.gate_residual_norm_modulate(x, branch, gate2, shift, scale, norm=norm)
 
 
 class DiT(ModelMixin, ConfigMixin):
@@ -144,6 +152,7 @@ class DiT(ModelMixin, ConfigMixin):
             well, "sincos" is DiT's.
     """
 
+    ops = PLAIN
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012  (accelerate reads a list)
 
@@ -214,6 +223,12 @@ class DiT(ModelMixin, ConfigMixin):
             if module is not None:
                 nn.init.zeros_(module.weight)
 
+    def use(self, ops: Ops) -> None:
+        """Compute with these operations, such as fused ones, from now on. Parameters and checkpoints do not change."""
+        for module in self.modules():
+            if isinstance(module, DiT | Block | CrossAttention):
+                module.ops = ops
+
     def context(self, condition: Condition) -> Context:
         """What the blocks read of the source; once per image."""
         tokens, pooled = condition.tokens, condition.pooled
@@ -236,27 +251,37 @@ class DiT(ModelMixin, ConfigMixin):
             final=self.final_in(embedding).unflatten(-1, (2, -1)),
         )
 
-    def forward_prepared(self, x: Latent, modulation: Modulation, context: Context) -> Latent:
-        """The part of the network that must run at every step. (B, C, h, w) -> (B, C, h, w)."""
-        patch, (height, width) = self.config["patch"], x.shape[-2:]
-        rows, columns = height // patch, width // patch
-        tokens = self.latent_in(ops.patchify(x, patch))  # (B, N, D)
+    def positions(self, height: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
+        """What tells tokens where they are, for a latent of this size, cells; once per size. Rotary cos and sin, (N, d) each, or
+        the one (N, D) that is added to the tokens."""
+        rows, columns = height // self.config["patch"], width // self.config["patch"]
+        if self.config["positions"] == "rope":
+            return ops.rotary_positions(rows, columns, self.config["width"] // self.config["heads"], device)
+        return (ops.sincos_positions(rows, columns, self.config["width"], device),)
+
+    def forward_prepared(
+        self, x: Latent, modulation: Modulation, context: Context, positions: tuple[Tensor, ...] | None = None
+    ) -> Latent:
+        """The part of the network that must run at every step. (B, C, h, w) -> (B, C, h, w). `positions` None are computed."""
+        patch, (height, width), norm = self.config["patch"], x.shape[-2:], self.config["norm"]
+        if positions is None:
+            positions = self.positions(height, width, x.device)
+        tokens = self.latent_in(self.ops.patchify(x, patch))  # (B, N, D)
         if context.source_tokens is not None:
             tokens = tokens + context.source_tokens
-        rotary = None
-        if self.config["positions"] == "rope":
-            rotary = ops.rotary_positions(rows, columns, self.config["width"] // self.config["heads"], x.device)
+        if self.config["positions"] == "sincos":
+            tokens, rotary = tokens + positions[0].to(tokens.dtype), None
         else:
-            tokens = tokens + ops.sincos_positions(rows, columns, self.config["width"], x.device).to(tokens.dtype)
-        for i, block in enumerate(self.blocks):
-            arguments = (tokens, modulation.blocks[:, i], context.keys_values[i], rotary)
+            rotary = (positions[0], positions[1])
+        starts = [modulation.blocks[:, i, :2] for i in range(len(self.blocks))]  # (B, 2, D): shift, scale of each first norm
+        normed = self.ops.norm_modulate(tokens, *starts[0].split(1, dim=1), norm=norm)
+        for i, (block, following) in enumerate(zip(self.blocks, (*starts[1:], modulation.final), strict=True)):
+            arguments = (tokens, normed, modulation.blocks[:, i], following, context.keys_values[i], rotary)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, *arguments, use_reentrant=False)
+                tokens, normed = cast(tuple[Tensor, Tensor], checkpoint(block, *arguments, use_reentrant=False))
             else:
-                tokens = block(*arguments)
-        shift, scale = modulation.final.split(1, dim=1)
-        tokens = self.latent_out(ops.norm_modulate(tokens, shift, scale, norm=self.config["norm"]))
-        return ops.unpatchify(tokens, patch, height, width)
+                tokens, normed = block(*arguments)
+        return self.ops.unpatchify(self.latent_out(normed), patch, height, width)
 
     def forward(self, x: Latent, t: Time, condition: Condition) -> Latent:
         """The prediction at (x, t): velocity or noise, as the checkpoint's objective has it. Same shape as x.

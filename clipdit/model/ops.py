@@ -5,6 +5,8 @@ legend in clipdit/shapes.py; `heads` is the number of attention heads.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +18,20 @@ Rows = Float[Tensor, "B N D"]
 PerImage = Float[Tensor, "B 1 D"]
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x, in float32 if it was in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def layer_norm(x: Rows, *, eps: float = 1e-6) -> Rows:
     """LayerNorm without parameters: adaLN brings scale and shift (Peebles & Xie 2023, sec. 3.2). Statistics in fp32."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+    return F.layer_norm(at_least_fp32(x), x.shape[-1:], eps=eps).to(x.dtype)
 
 
 def rms_norm(x: Float[Tensor, "*S D"], weight: Float[Tensor, "D"] | None = None, *, eps: float = 1e-6) -> Float[Tensor, "*S D"]:
     """x / rms(x) (Zhang & Sennrich 2019). Statistics in fp32."""
-    return F.rms_norm(x.float(), x.shape[-1:], weight=None if weight is None else weight.float(), eps=eps).to(x.dtype)
+    wide = at_least_fp32(x)
+    return F.rms_norm(wide, x.shape[-1:], weight=None if weight is None else weight.to(wide.dtype), eps=eps).to(x.dtype)
 
 
 def modulate(x: Rows, shift: PerImage, scale: PerImage) -> Rows:
@@ -31,19 +39,29 @@ def modulate(x: Rows, shift: PerImage, scale: PerImage) -> Rows:
     return x * (1 + scale) + shift
 
 
-def norm_modulate(x: Rows, shift: PerImage, scale: PerImage, *, norm: str = "layer", eps: float = 1e-6) -> Rows:
-    """Normalise, then modulate. `norm` is "layer" or "rms"."""
+def norm_modulate(x: Rows, shift: PerImage | None, scale: PerImage | None, *, norm: str = "layer", eps: float = 1e-6) -> Rows:
+    """Normalise, then modulate. `norm` is "layer" or "rms"; shift and scale None leave what is normalised as it is."""
     normed = layer_norm(x, eps=eps) if norm == "layer" else rms_norm(x, eps=eps)
+    if shift is None or scale is None:
+        return normed
     return modulate(normed, shift.to(x.dtype), scale.to(x.dtype))
 
 
-def gate_residual(residual: Rows, branch: Rows, gate: PerImage) -> Rows:
-    """residual + gate * branch (adaLN-Zero). The residual keeps its own dtype: it is where fp16 overflows."""
-    return residual + gate.to(residual.dtype) * branch.to(residual.dtype)
+def gate_residual(residual: Rows, branch: Rows, gate: PerImage | None) -> Rows:
+    """residual + gate * branch (adaLN-Zero); gate None is 1. The residual keeps its own dtype: it is where fp16 overflows."""
+    branch = branch.to(residual.dtype)
+    return residual + (branch if gate is None else gate.to(residual.dtype) * branch)
 
 
 def gate_residual_norm_modulate(
-    residual: Rows, branch: Rows, gate: PerImage, shift: PerImage, scale: PerImage, *, norm: str = "layer", eps: float = 1e-6
+    residual: Rows,
+    branch: Rows,
+    gate: PerImage | None,
+    shift: PerImage | None,
+    scale: PerImage | None,
+    *,
+    norm: str = "layer",
+    eps: float = 1e-6,
 ) -> tuple[Rows, Rows]:
     """The end of one branch and the start of the next in one pass: (new residual, its normalised and modulated copy)."""
     residual = gate_residual(residual, branch, gate)
@@ -57,8 +75,9 @@ def gelu_mlp(x: Rows, w1: Float[Tensor, "F D"], b1: Float[Tensor, "F"], w2: Floa
 
 def rotate(x: Float[Tensor, "B heads N d"], cos: Float[Tensor, "N d"], sin: Float[Tensor, "N d"]) -> Float[Tensor, "B heads N d"]:
     """Rotary positions on adjacent halves (Su et al. 2021): x * cos + rotate_half(x) * sin. Computed in fp32."""
-    a, b = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+    wide = at_least_fp32(x)
+    a, b = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
 
 Heads = Float[Tensor, "B heads N d"]
@@ -145,3 +164,19 @@ def rotary_positions(
     angles = torch.cat((row.expand(rows, columns, quarter), column.expand(rows, columns, quarter)), dim=-1)
     angles = angles.reshape(rows * columns, 2 * quarter).repeat(1, 2)
     return angles.cos(), angles.sin()
+
+
+@dataclass(frozen=True)
+class Ops:
+    """Those of the operations above that a `DiT` calls and that have fused twins. `DiT.use` exchanges them, parameters stay."""
+
+    norm_modulate: Callable[..., Rows] = norm_modulate
+    gate_residual_norm_modulate: Callable[..., tuple[Rows, Rows]] = gate_residual_norm_modulate
+    gelu_mlp: Callable[..., Rows] = gelu_mlp
+    attention: Callable[..., Rows] = attention
+    qkv_attention: Callable[..., Rows] = qkv_attention
+    patchify: Callable[..., Rows] = patchify
+    unpatchify: Callable[..., Tensor] = unpatchify
+
+
+PLAIN = Ops()

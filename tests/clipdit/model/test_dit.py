@@ -3,6 +3,8 @@
 import copy
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import fields
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 from clipdit.backend import Condition
 from clipdit.model.dit import SIZES, DiT
+from clipdit.model.ops import PLAIN, Ops
 from clipdit.testing import TOLERANCES
 
 TOKENS, WIDTHS = 5, {"clip_token_width": 12, "clip_embedding_width": 10}
@@ -115,12 +118,12 @@ def test_training_starts_from_zero_and_soon_moves_every_parameter(conditioning, 
     x, t, condition = inputs(batch=4)
     assert torch.equal(dit(x, t, condition), torch.zeros_like(x))
     captured = []
-    hook = dit.blocks[-1].register_forward_hook(lambda module, args, out: captured.append((args[0], out)))
+    hook = dit.blocks[-1].register_forward_hook(lambda module, args, out: captured.append((args[0], out[0])))
     dit(x, t, condition)
     hook.remove()
     if conditioning != "clip":  # the source is not yet heard, either
         assert torch.equal(dit.context(condition).source_tokens, torch.zeros(4, 12, 32))
-    assert torch.equal(*captured[0])  # a block is the identity
+    assert torch.equal(*captured[0])  # a block leaves the tokens as they are
     optimizer = torch.optim.Adam(dit.parameters(), lr=1e-2)
     for _ in range(6):
         optimizer.zero_grad()
@@ -128,6 +131,27 @@ def test_training_starts_from_zero_and_soon_moves_every_parameter(conditioning, 
         optimizer.step()
     dead = [name for name, parameter in dit.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert dead == []
+
+
+def test_operations_can_be_exchanged_and_every_one_is_used():
+    dit, (x, t, condition), counts = awake(), inputs(), Counter()
+
+    def counted(name, operation):
+        def count(*args, **options):
+            counts[name] += 1
+            return operation(*args, **options)
+
+        return count
+
+    with torch.no_grad():
+        wanted = dit(x, t, condition)
+        dit.use(Ops(**{field.name: counted(field.name, getattr(PLAIN, field.name)) for field in fields(Ops)}))
+        assert torch.equal(dit(x, t, condition), wanted)
+        assert counts.keys() == {field.name for field in fields(Ops)}
+        copy.deepcopy(dit).use(PLAIN)  # another model's operations are its own
+        before = counts.copy()
+        dit(x, t, condition)
+    assert counts == {name: 2 * count for name, count in before.items()}
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
