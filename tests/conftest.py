@@ -1,6 +1,12 @@
 """Shared by all tests: shapes and types of the package are checked at every call, and odd image files are at hand."""
 
+import os
 from types import SimpleNamespace
+
+# Kernels run in Triton's interpreter, on the CPU; with CLIPDIT_TEST_DEVICE=cuda the same tests run them on a GPU. Before anything
+# imports Triton, which decides it then.
+if os.environ.get("CLIPDIT_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 from jaxtyping import install_import_hook

@@ -1,0 +1,57 @@
+"""The fused twins under the names and signatures of `clipdit.model.ops`: `DiT.use(FUSED)` computes with them.
+
+Each raises `Unsupported`, a ValueError that names the argument, for what its kernel does not take."""
+
+from torch import Tensor
+
+from clipdit.model.ops import Ops, PerImage, Rows
+from clipdit_kernels import attention as attentions
+from clipdit_kernels import norm as norms
+from clipdit_kernels.launch import require_no_gradient
+
+
+def norm_modulate(x: Rows, shift: PerImage | None, scale: PerImage | None, *, norm: str = "layer", eps: float = 1e-6) -> Rows:
+    """See `clipdit.model.ops.norm_modulate`."""
+    return norms.alone(x, shift, scale, norm, eps)
+
+
+def gate_residual_norm_modulate(
+    residual: Rows,
+    branch: Rows,
+    gate: PerImage | None,
+    shift: PerImage | None,
+    scale: PerImage | None,
+    *,
+    norm: str = "layer",
+    eps: float = 1e-6,
+) -> tuple[Rows, Rows]:
+    """See `clipdit.model.ops.gate_residual_norm_modulate`."""
+    return norms.both(residual, branch, gate, shift, scale, norm, eps)
+
+
+def attention(q: Rows, k: Tensor, v: Tensor, *, heads: int) -> Rows:
+    """See `clipdit.model.ops.attention`. It has no gradient."""
+    require_no_gradient("attention", q=q, k=k, v=v)
+    return attentions.cross(q, k, v, heads)
+
+
+def qkv_attention(
+    qkv: Tensor,
+    *,
+    heads: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+) -> Rows:
+    """See `clipdit.model.ops.qkv_attention`. It has no gradient."""
+    require_no_gradient("qkv_attention", qkv=qkv, q_weight=q_weight, k_weight=k_weight)
+    return attentions.packed(qkv, heads, q_weight, k_weight, *(rotary or (None, None)))
+
+
+FUSED = Ops(
+    norm_modulate=norm_modulate,
+    gate_residual_norm_modulate=gate_residual_norm_modulate,
+    attention=attention,
+    qkv_attention=qkv_attention,
+)
+"""For sampling."""

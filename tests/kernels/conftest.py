@@ -1,0 +1,22 @@
+"""Triton's interpreter rounds to bfloat16 as a GPU does, to the nearest; by itself it cuts off, which is twice as far off."""
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+@pytest.fixture(autouse=True, scope="session")
+def rounding_to_the_nearest():
+    cutting_off = interpreter._convert_float
+
+    def convert(data, from_type, to_type, mode):
+        if from_type == tl.float32 and to_type == tl.bfloat16:
+            numbers = torch.from_numpy(np.ascontiguousarray(data).view(np.float32))
+            return numbers.bfloat16().view(torch.uint16).numpy()
+        return cutting_off(data, from_type, to_type, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", convert)
+        yield
