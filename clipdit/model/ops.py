@@ -73,6 +73,19 @@ def gelu_mlp(x: Rows, w1: Float[Tensor, "F D"], b1: Float[Tensor, "F"], w2: Floa
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
 
 
+def swiglu(x: Float[Tensor, "*S two_F"]) -> Float[Tensor, "*S F"]:
+    """silu(first half) * second half (Shazeer 2020)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def swiglu_mlp(
+    x: Rows, w1: Float[Tensor, "two_F D"], b1: Float[Tensor, "two_F"], w2: Float[Tensor, "D F"], b2: Float[Tensor, "D"]
+) -> Rows:
+    """w2 (silu(gate) * up) + b2, with gate and up the two halves of w1 x + b1."""
+    return F.linear(swiglu(F.linear(x, w1, b1)), w2, b2)
+
+
 def rotate(x: Float[Tensor, "B heads N d"], cos: Float[Tensor, "N d"], sin: Float[Tensor, "N d"]) -> Float[Tensor, "B heads N d"]:
     """Rotary positions on adjacent halves (Su et al. 2021): x * cos + rotate_half(x) * sin. Computed in fp32."""
     wide = at_least_fp32(x)
@@ -128,6 +141,28 @@ def patchify(x: Float[Tensor, "B C h w"], patch: int) -> Float[Tensor, "B N K"]:
 def unpatchify(x: Float[Tensor, "B N K"], patch: int, height: int, width: int) -> Float[Tensor, "B C h w"]:
     """The inverse of `patchify`; height and width of the latent, cells."""
     return rearrange(x, "B (h w) (C p q) -> B C (h p) (w q)", p=patch, q=patch, h=height // patch, w=width // patch)
+
+
+def guided_step(
+    x: Float[Tensor, "B *S"],
+    memory: Float[Tensor, "B *S"],
+    f: Float[Tensor, "A *S"],
+    row: Float[Tensor, "6"],
+    *,
+    guidance: float = 1.0,
+) -> tuple[Float[Tensor, "B *S"], Float[Tensor, "B *S"], Float[Tensor, "A *S"]]:
+    """Classifier-free guidance (Ho & Salimans 2022), then a row of the sampling table (`clipdit.sampling`), without fresh noise.
+
+    `f` is the network's answer: conditioned, and with guidance other than 1 behind it that to the null condition. `row` is one of
+    `SamplingTable.tensor`: time, a, b, c, d, e. Returns x, the memory, and x as the network reads it next: in the type of f and
+    as often. x and memory are carried in float32."""
+    answer = at_least_fp32(f)
+    if guidance != 1.0:
+        given, blank = answer.unflatten(0, (2, len(x)))
+        answer = blank + guidance * (given - blank)
+    _, a, b, c, _, e = row.to(x.dtype)
+    after = a * x + b * answer + c * memory
+    return after, x + e * answer, after.to(f.dtype).repeat(len(f) // len(x), *[1] * (x.ndim - 1))
 
 
 def time_features(t: Float[Tensor, "B"], width: int, *, max_period: float = 10_000.0) -> Float[Tensor, "B width"]:

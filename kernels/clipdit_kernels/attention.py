@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clipdit.model import ops as plain
-from clipdit_kernels.launch import FLOATS, interpreted, launch, of_device, on_cpu, require
+from clipdit_kernels.launch import FLOATS, TYPES, interpreted, launch, not_multiplied, of_device, on_cpu, require
 
 HEAD_WIDTHS = (16, 256)
 """Narrowest and widest head; a tensor core multiplies 16 at a time."""
@@ -143,6 +143,8 @@ def _rows(tensor: Tensor, heads: int, *, like: Tensor | None = None) -> str | No
         return f"has shape {tuple(tensor.shape)}; wanted (B, N, heads d)"
     if tensor.dtype not in FLOATS:
         return f"is of {tensor.dtype}; wanted float32, bfloat16 or float16"
+    if (reason := not_multiplied(tensor.dtype)) is not None:
+        return reason
     if not tensor.numel():
         return f"is empty, {tuple(tensor.shape)}; wanted at least one row"
     if tensor.stride(2) != 1:
@@ -181,12 +183,9 @@ def _launch(
         q, k, v, out, q_weight, k_weight, cos, sin,
         heads, rows, k.shape[1], q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), d**-0.5 * _LOG2_E,
         D=d, D1=first, D2=rest, NORM=q_weight is not None, ROTARY=cos is not None, EPS=eps,
-        DOT=tl.float32 if interpreted() else _TYPES[q.dtype], **config,
+        DOT=tl.float32 if interpreted() else TYPES[q.dtype], **config,
     )  # fmt: skip
     return out
-
-
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def _launch_cross(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

@@ -2,10 +2,12 @@
 
 Each raises `Unsupported`, a ValueError that names the argument, for what its kernel does not take."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipdit.model.ops import Ops, PerImage, Rows
 from clipdit_kernels import attention as attentions
+from clipdit_kernels import mlp, solver
 from clipdit_kernels import norm as norms
 from clipdit_kernels.launch import require_no_gradient
 
@@ -48,9 +50,28 @@ def qkv_attention(
     return attentions.packed(qkv, heads, q_weight, k_weight, *(rotary or (None, None)))
 
 
+def gelu_mlp(x: Rows, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Rows:
+    """See `clipdit.model.ops.gelu_mlp`. It has no gradient."""
+    require_no_gradient("gelu_mlp", x=x, w1=w1, b1=b1)
+    return F.linear(mlp.linear_gelu(x, w1, b1), w2, b2)
+
+
+def swiglu_mlp(x: Rows, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Rows:
+    """See `clipdit.model.ops.swiglu_mlp`. It has no gradient."""
+    require_no_gradient("swiglu_mlp", x=x, w1=w1, b1=b1)
+    return F.linear(mlp.linear_swiglu(x, w1, b1), w2, b2)
+
+
+def guided_step(x: Tensor, memory: Tensor, f: Tensor, row: Tensor, *, guidance: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """See `clipdit.model.ops.guided_step`. It has no gradient."""
+    require_no_gradient("guided_step", x=x, memory=memory, f=f)
+    return solver.step(x, memory, f, row, guidance)
+
+
 FUSED = Ops(
     norm_modulate=norm_modulate,
     gate_residual_norm_modulate=gate_residual_norm_modulate,
+    gelu_mlp=gelu_mlp,
     attention=attention,
     qkv_attention=qkv_attention,
 )

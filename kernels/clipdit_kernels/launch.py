@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What tensors of numbers may be in."""
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+"""The same, as Triton calls them."""
 
 
 def interpreted() -> bool:
@@ -77,6 +80,13 @@ def per_image(tensor: Tensor | None, rows: Tensor) -> str | None:
     if tensor.stride(2) != 1:
         return f"has strides {tensor.stride()}; wanted neighbours in a row next to each other. Call .contiguous()"
     return of_device(tensor, rows)
+
+
+def not_multiplied(dtype: torch.dtype) -> str | None:
+    """Why a kernel does not multiply numbers of this type; None when it does. The interpreter multiplies all."""
+    if dtype == torch.float32 and not interpreted():
+        return "is of torch.float32; wanted bfloat16 or float16, which tensor cores multiply. Use the plain operation"
+    return None
 
 
 def of_device(tensor: Tensor, other: Tensor | None) -> str | None:
