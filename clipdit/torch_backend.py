@@ -8,13 +8,14 @@ positions once. So a step of the loop runs the blocks and nothing else.
 import hashlib
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from clipdit.backend import Condition, Limits
@@ -134,22 +135,22 @@ class EagerBackend:
 
     def sample(self, noise: Latent, condition: Condition, table: SamplingTable, *, guidance: float = 1.0) -> Latent:
         """See `clipdit.backend.WholeLoop`: the modulation of many rows comes from one call."""
+        times = table.tensor(self.limits.device)[:, 0]
         rows: dict[int, Iterator[Modulation]] = {}  # of each condition that guidance asks for
 
         def velocity(x: Latent, t: Time, of: Condition) -> Latent:
             self._check(x, t, of)
             context = self._context(of)
-            return self._advance(x, next(rows.setdefault(id(of), self._modulations(table.times, len(x), context))), context)
+            return self._advance(x, next(rows.setdefault(id(of), self._modulations(times, len(x), context))), context)
 
         return sample(guide(velocity, condition, guidance, max_batch=self.limits.max_batch), noise, table)
 
-    def _modulations(self, times: Sequence[float], batch: int, context: Context) -> Iterator[Modulation]:
+    def _modulations(self, times: Float[Tensor, "K"], batch: int, context: Context) -> Iterator[Modulation]:
         """Of `batch` images at each time, computed for as many times at once as memory allows."""
         dit = self._pipeline.transformer
         at_once = max(1, MODULATION_AT_ONCE // (batch * dit.modulation_table.numel()))
-        for start in range(0, len(times), at_once):
-            some = times[start : start + at_once]
-            t = torch.tensor(some, dtype=torch.float32, device=self.limits.device).repeat_interleave(batch)
+        for some in times.split(at_once):
+            t = some[:, None].expand(-1, batch).reshape(-1)
             pooled = None if context.pooled is None else context.pooled.repeat(len(some), 1)
             made = dit.modulation(t, Context(source_tokens=None, pooled=pooled))
             for blocks, final in zip(made.blocks.split(batch), made.final.split(batch), strict=True):

@@ -2,14 +2,17 @@
 
 Each raises `Unsupported`, a ValueError that names the argument, for what its kernel does not take."""
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipdit.model.ops import Ops, PerImage, Rows
+from clipdit.model.dit import DiT
+from clipdit.model.ops import PLAIN, Ops, PerImage, Rows
 from clipdit_kernels import attention as attentions
 from clipdit_kernels import mlp, solver
 from clipdit_kernels import norm as norms
-from clipdit_kernels.launch import require_no_gradient
+from clipdit_kernels.launch import not_multiplied, require_no_gradient
 
 
 def norm_modulate(x: Rows, shift: PerImage | None, scale: PerImage | None, *, norm: str = "layer", eps: float = 1e-6) -> Rows:
@@ -76,3 +79,22 @@ FUSED = Ops(
     qkv_attention=qkv_attention,
 )
 """For sampling."""
+TRAINING = Ops(norm_modulate=norm_modulate, gate_residual_norm_modulate=gate_residual_norm_modulate)
+"""Those that have gradients."""
+
+
+def fused_for(dit: DiT) -> tuple[Ops, dict[str, str]]:
+    """The fused operations that take this model, and for each that stays plain why. Never decided in a call: what is not said
+    here either runs fused or raises."""
+    left: dict[str, str] = {}
+    config = dit.config
+    head = config["width"] // config["heads"]
+    low, high = attentions.HEAD_WIDTHS
+    if (reason := not_multiplied(dit.dtype)) is not None:
+        left |= dict.fromkeys(("gelu_mlp", "attention", "qkv_attention"), f"the model {reason}")
+    if not low <= head <= high:
+        left |= dict.fromkeys(("attention", "qkv_attention"), f"a head is {head} wide; the kernel takes {low} to {high}")
+    if config["width"] > norms.WIDEST:
+        reason = f"the model is {config['width']} wide; the kernel takes {norms.WIDEST}"
+        left |= dict.fromkeys(("norm_modulate", "gate_residual_norm_modulate"), reason)
+    return replace(FUSED, **{name: getattr(PLAIN, name) for name in left}), left

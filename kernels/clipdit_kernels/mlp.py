@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clipdit.model import ops as plain
-from clipdit_kernels.launch import FLOATS, TYPES, interpreted, launch, of_device, on_cpu, require, rows_of
+from clipdit_kernels.launch import FLOATS, TYPES, interpreted, launch, not_multiplied, of_device, on_cpu, require, rows_of
 
 TALL = 8
 """Tiles of rows that are done before the next tile of columns, so that weights are read from the cache."""
@@ -62,21 +62,17 @@ def tile(rows: int, gated: bool) -> dict[str, int]:
 
 
 def _check(operation: str, x: Tensor, weight: Tensor, bias: Tensor, gated: bool) -> None:
-    require(operation, x=rows_of(x))
+    require(operation, x=rows_of(x) or not_multiplied(x.dtype))
     width, even = x.shape[-1], "an even number of rows" if gated else "rows"
-    fine = weight.ndim == 2 and weight.shape[1] == width and (not gated or weight.shape[0] % 2 == 0)
-    require(
-        operation,
-        w1=None
-        if fine and weight.is_contiguous()
-        else f"has shape {tuple(weight.shape)}, strides {weight.stride()}; wanted {even} of {width}, contiguous",
-    )
+    fine = weight.ndim == 2 and weight.shape[1] == width and (not gated or weight.shape[0] % 2 == 0) and weight.is_contiguous()
+    got = f"has shape {tuple(weight.shape)}, strides {weight.stride()}"
+    require(operation, w1=None if fine else f"{got}; wanted {even} of {width}, contiguous")
+    fine = bias.shape == weight.shape[:1] and bias.dtype in FLOATS and bias.is_contiguous()
     require(
         operation,
         w1=None if weight.dtype == x.dtype else f"is of {weight.dtype}; wanted {x.dtype}, that of x",
-        b1=None if bias.shape == weight.shape[:1] and bias.dtype in FLOATS and bias.is_contiguous()
-        else f"has shape {tuple(bias.shape)}; wanted ({weight.shape[0]},), contiguous",
-    )  # fmt: skip
+        b1=None if fine else f"has shape {tuple(bias.shape)}; wanted ({weight.shape[0]},), contiguous",
+    )
     require(operation, w1=of_device(weight, x), b1=of_device(bias, x))
 
 

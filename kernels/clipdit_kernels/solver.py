@@ -15,7 +15,7 @@ BLOCK = 1024
 @triton.jit
 def forward_kernel(
     x, memory, f, row, out_x, out_memory, out_given, numbers, guidance,
-    GUIDED: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
+    GUIDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numbers
@@ -28,8 +28,10 @@ def forward_kernel(
     after = a * before + b * answer + c * tl.load(memory + at, mask=inside)
     tl.store(out_x + at, after, mask=inside)
     tl.store(out_memory + at, before + e * answer, mask=inside)
-    for copy in tl.static_range(COPIES):
-        tl.store(out_given + copy * numbers + at, after.to(out_given.dtype.element_ty), mask=inside)
+    given = after.to(out_given.dtype.element_ty)
+    tl.store(out_given + at, given, mask=inside)
+    if GUIDED:
+        tl.store(out_given + numbers + at, given, mask=inside)
 
 
 def _launch(x: Tensor, memory: Tensor, f: Tensor, row: Tensor, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +54,7 @@ def _launch(x: Tensor, memory: Tensor, f: Tensor, row: Tensor, guidance: float) 
     outputs = torch.empty_like(x), torch.empty_like(x), torch.empty_like(f)
     launch(
         forward_kernel, (triton.cdiv(x.numel(), BLOCK),), x, memory, f, row, *outputs, x.numel(), float(guidance),
-        GUIDED=copies == 2, COPIES=copies, BLOCK=BLOCK, num_warps=4,
+        GUIDED=copies == 2, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return outputs
 

@@ -1,0 +1,170 @@
+"""The sampling loop on fused operations, and when it becomes a CUDA graph."""
+
+import copy
+
+import pytest
+import torch
+from bars import FLOORS
+from guarded import DEVICE
+
+from clipdit.backend import Condition, available_backends
+from clipdit.model.dit import SIZES, DiT
+from clipdit.model.ops import PLAIN
+from clipdit.sampling import flow_table, guide, sample, seeded_noise
+from clipdit.testing import tiny_checkpoint, tiny_pipeline
+from clipdit.torch_backend import EagerBackend
+from clipdit_kernels import backend as module
+from clipdit_kernels import launch
+from clipdit_kernels.backend import TritonBackend
+from clipdit_kernels.fused import FUSED, fused_for
+
+STEPS, GUIDANCE = 4, 4.0
+
+
+def awake(size: str, dtype: torch.dtype) -> DiT:
+    """Two blocks of a published width; nothing is zero."""
+    torch.manual_seed(0)
+    width, _, heads = SIZES[size]
+    dit = DiT(latent_channels=4, width=width, depth=2, heads=heads, clip_token_width=24, clip_embedding_width=16)
+    for parameter in dit.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return dit.to(DEVICE, dtype).eval()
+
+
+def sampled(dit: DiT, condition: Condition) -> torch.Tensor:
+    """Four guided Euler steps of two images, carried in at least float32."""
+    dtype = dit.dtype
+
+    def velocity(x, t, of):
+        return dit(x.to(dtype), t, of.map(lambda tensor: tensor.to(dtype))).to(x.dtype)
+
+    noise = seeded_noise([1, 2], (4, 8, 8), DEVICE, torch.promote_types(dtype, torch.float32))
+    with torch.inference_mode():
+        return sample(guide(velocity, condition, GUIDANCE), noise, flow_table(STEPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", ["S", "B", "XL"])
+def test_a_sampler_over_fused_operations_is_the_plain_one_in_float64(size: str, dtype: torch.dtype):
+    """In the type it is sampled in, at most 1.25 times as far from float64 as the plain operations, and a floor for each step."""
+    torch.manual_seed(1)
+    condition = Condition(
+        tokens=torch.randn(2, 17, 24, device=DEVICE),
+        pooled=torch.randn(2, 16, device=DEVICE),
+        latent=torch.randn(2, 4, 8, 8, device=DEVICE),
+    )
+    dit = awake(size, dtype)
+    wanted = sampled(copy.deepcopy(dit).double(), condition.map(lambda tensor: tensor.double()))
+    plain = sampled(dit, condition)
+    dit.use(FUSED)
+    fused = sampled(dit, condition)
+    scale = wanted.abs().max()
+    errors = [float((got.double() - wanted).abs().max() / scale) for got in (fused, plain)]
+    assert errors[0] <= 1.25 * errors[1] + STEPS * FLOORS[dtype], errors
+    assert not torch.equal(fused, plain)  # another order of sums: something else ran
+
+
+class Recorded(TritonBackend):
+    """Recording stands in for a CUDA graph: it runs again on the memory it was given, and writes where its result lay."""
+
+    def __init__(self, pipeline):
+        super().__init__(pipeline)
+        self.limits = copy.copy(self.limits)
+        self._captures = True
+        self.recorded = self.replayed = 0
+
+    def _record(self, run):
+        result = run()
+        self.recorded += 1
+
+        def replay():
+            self.replayed += 1
+            result.copy_(run())
+
+        return replay, result
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> Recorded:
+    pipeline = tiny_pipeline()
+    monkeypatch.setattr(module.fused, "fused_for", lambda dit: (PLAIN, {}))  # how kernels compute is tested elsewhere
+    return Recorded(pipeline)
+
+
+def given(seed: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return seeded_noise(range(seed, seed + batch), (4, 8, 8)), images
+
+
+def eager(noise, images, table, guidance) -> torch.Tensor:
+    backend = EagerBackend(tiny_pipeline())
+    return backend.sample(noise, backend.encode(images), table, guidance=guidance)
+
+
+@torch.inference_mode()
+def test_a_loop_is_captured_at_its_second_call_and_replayed_from_then_on(recorded: Recorded):
+    for i, guidance in enumerate([2.0, 2.0, 2.0, 2.0]):
+        noise, images = given(i)  # each replay reads its own noise and its own source
+        result = recorded.sample(noise, recorded.encode(images), flow_table(3), guidance=guidance)
+        torch.testing.assert_close(result, eager(noise, images, flow_table(3), guidance), rtol=1e-4, atol=1e-4)
+    assert (recorded.recorded, recorded.replayed) == (1, 3)
+
+
+@torch.inference_mode()
+def test_what_a_replay_returned_is_not_overwritten_by_the_next(recorded: Recorded):
+    results = []
+    for i in range(4):
+        noise, images = given(i)
+        results.append(recorded.sample(noise, recorded.encode(images), flow_table(2)))
+    kept = [result.clone() for result in results[:3]]
+    assert all(torch.equal(a, b) for a, b in zip(results, kept, strict=False)) and not torch.equal(results[2], results[3])
+
+
+@torch.inference_mode()
+def test_every_shape_table_and_guidance_has_its_own_and_the_oldest_goes(recorded: Recorded):
+    kinds = [(batch, steps, guidance) for batch in (1, 2) for steps in (1, 2, 3) for guidance in (1.0, 2.0)]
+    for batch, steps, guidance in kinds:
+        for _ in range(2):
+            noise, images = given(0, batch)
+            result = recorded.sample(noise, recorded.encode(images), flow_table(steps), guidance=guidance)
+            torch.testing.assert_close(result, eager(noise, images, flow_table(steps), guidance), rtol=1e-4, atol=1e-4)
+    assert recorded.recorded == len(kinds) and len(recorded._graphs) == module.GRAPHS
+
+
+@torch.inference_mode()
+def test_a_closed_backend_says_so(recorded: Recorded):
+    noise, images = given(0)
+    condition = recorded.encode(images)
+    recorded.close()
+    with pytest.raises(RuntimeError, match="the triton backend is closed"):
+        recorded.sample(noise, condition, flow_table(2))
+
+
+def test_without_a_gpu_it_says_what_to_do(tmp_path, monkeypatch):
+    folder = tiny_checkpoint(tmp_path / "checkpoint")
+    monkeypatch.setattr(module, "interpreted", lambda: False)
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    reason = available_backends(folder)["triton"]
+    if not torch.cuda.is_available():
+        assert reason == "fused kernels run on NVIDIA GPUs, not on cpu; use the eager backend there"
+        with pytest.raises(ValueError, match="fused kernels run on NVIDIA GPUs"):
+            TritonBackend.open(folder)
+
+
+def test_what_stays_plain_is_said_and_why(monkeypatch):
+    dit = DiT(latent_channels=4, width=32, depth=1, heads=4, clip_token_width=24, clip_embedding_width=16)
+    ops, left = fused_for(dit)
+    assert left == dict.fromkeys(("attention", "qkv_attention"), "a head is 8 wide; the kernel takes 16 to 256")
+    assert ops.attention is PLAIN.attention and ops.gelu_mlp is FUSED.gelu_mlp
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    assert fused_for(dit)[1].keys() == {"attention", "qkv_attention", "gelu_mlp"}  # float32: no tensor core multiplies it
+    assert fused_for(dit.bfloat16())[1].keys() == {"attention", "qkv_attention"}
+
+
+def test_opening_a_checkpoint_changes_none_of_its_files(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "checkpoint")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    TritonBackend.open(folder).close()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
