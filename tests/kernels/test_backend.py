@@ -18,14 +18,14 @@ from clipdit_kernels import launch
 from clipdit_kernels.backend import TritonBackend
 from clipdit_kernels.fused import FUSED, fused_for
 
-STEPS, GUIDANCE = 4, 4.0
+STEPS, GUIDANCE = 3, 4.0
 
 
-def awake(size: str, dtype: torch.dtype) -> DiT:
-    """Two blocks of a published width; nothing is zero."""
+def awake(size: str, depth: int, dtype: torch.dtype) -> DiT:
+    """Blocks of a published width; nothing is zero."""
     torch.manual_seed(0)
     width, _, heads = SIZES[size]
-    dit = DiT(latent_channels=4, width=width, depth=2, heads=heads, clip_token_width=24, clip_embedding_width=16)
+    dit = DiT(latent_channels=4, width=width, depth=depth, heads=heads, clip_token_width=24, clip_embedding_width=16)
     for parameter in dit.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -33,28 +33,29 @@ def awake(size: str, dtype: torch.dtype) -> DiT:
 
 
 def sampled(dit: DiT, condition: Condition) -> torch.Tensor:
-    """Four guided Euler steps of two images, carried in at least float32."""
+    """Three guided Euler steps of one image, carried in at least float32."""
     dtype = dit.dtype
 
     def velocity(x, t, of):
         return dit(x.to(dtype), t, of.map(lambda tensor: tensor.to(dtype))).to(x.dtype)
 
-    noise = seeded_noise([1, 2], (4, 8, 8), DEVICE, torch.promote_types(dtype, torch.float32))
+    noise = seeded_noise([1], (4, 8, 4), DEVICE, torch.promote_types(dtype, torch.float32))
     with torch.inference_mode():
         return sample(guide(velocity, condition, GUIDANCE), noise, flow_table(STEPS))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", ["S", "B", "XL"])
-def test_a_sampler_over_fused_operations_is_the_plain_one_in_float64(size: str, dtype: torch.dtype):
+@pytest.mark.parametrize(
+    "size, depth, dtype", [("S", 2, torch.float32), ("S", 2, torch.bfloat16), ("B", 1, torch.float32), ("XL", 1, torch.float32)]
+)
+def test_a_sampler_over_fused_operations_is_the_plain_one_in_float64(size: str, depth: int, dtype: torch.dtype):
     """In the type it is sampled in, at most 1.25 times as far from float64 as the plain operations, and a floor for each step."""
     torch.manual_seed(1)
     condition = Condition(
-        tokens=torch.randn(2, 17, 24, device=DEVICE),
-        pooled=torch.randn(2, 16, device=DEVICE),
-        latent=torch.randn(2, 4, 8, 8, device=DEVICE),
+        tokens=torch.randn(1, 17, 24, device=DEVICE),
+        pooled=torch.randn(1, 16, device=DEVICE),
+        latent=torch.randn(1, 4, 8, 4, device=DEVICE),
     )
-    dit = awake(size, dtype)
+    dit = awake(size, depth, dtype)
     wanted = sampled(copy.deepcopy(dit).double(), condition.map(lambda tensor: tensor.double()))
     plain = sampled(dit, condition)
     dit.use(FUSED)
