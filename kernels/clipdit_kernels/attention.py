@@ -128,10 +128,13 @@ def parts_of(head_width: int) -> tuple[int, int]:
 
 
 def tile(head_width: int, rows: int) -> dict[str, int]:
-    """Queries and keys that a program holds, and its warps: wide heads leave room for fewer."""
+    """Queries and keys that a program holds, and its warps: wide heads leave room for fewer, and so do heads in two parts, which
+    with 64 keys spill registers on Ampere and on Blackwell's small cards."""
     if head_width > 128:
         return {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
-    if rows <= 64 or parts_of(head_width)[1]:
+    if parts_of(head_width)[1]:
+        return {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    if rows <= 64:
         return {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
 

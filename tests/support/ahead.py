@@ -1,6 +1,7 @@
 """Kernels compiled for GPUs that are not there: what an operation would launch, through Triton and ptxas to machine code.
 
     python ahead.py CASES...   prints, as JSON, what each case compiled to for each architecture
+    python ahead.py > ../kernels/resources.json    writes the golden file anew
 
 The launchers themselves are called, on fake tensors; a driver that only knows its target takes the place of CUDA's, and a launch
 stops once it is compiled. In a process of its own, without TRITON_INTERPRET.
@@ -76,7 +77,7 @@ def ledger(kernel: Any) -> dict[str, Any]:
     instructions = Counter(re.findall(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)\s", code, re.MULTILINE))
     loads: Counter[str] = Counter()
     for name, count in instructions.items():
-        if name.startswith("LDG."):
+        if name.startswith(("LDG.", "LDGSTS.")):  # the second into shared memory, without waiting
             loads[next((bits for bits in ("128", "64", "U8", "S8", "U16", "S16") if f".{bits}" in f"{name}."), "32")] += count
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
@@ -101,4 +102,5 @@ if __name__ == "__main__":
             kernels = compiled(CASES[name], capability)
             assert len(kernels) == 1, f"{name} launches {len(kernels)} kernels; wanted one"
             found[name][f"sm_{capability}"] = ledger(kernels[0])
-    json.dump(found, sys.stdout)
+    rows = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(made)}" for name, made in found.items())
+    print(f'{{"triton": "{triton.__version__}", "cases": {{\n  {rows}\n}}}}')

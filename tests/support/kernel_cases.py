@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from clipdit_kernels import attention, norm
+from clipdit_kernels import attention, mlp, norm, solver
 
 CAPABILITIES = (80, 90, 120)
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,9 +43,31 @@ def cross_attention(d: int, dtype: torch.dtype) -> None:
     attention._launch_cross(empty(2, 256, heads * d, dtype=dtype), k, v, heads)
 
 
+def linear_gelu(width: int, dtype: torch.dtype) -> None:
+    mlp._launch_gelu(empty(2, 256, width, dtype=dtype), empty(4 * width, width, dtype=dtype), empty(4 * width, dtype=dtype))
+
+
+def linear_gelu_many(width: int, dtype: torch.dtype) -> None:
+    mlp._launch_gelu(empty(16, 256, width, dtype=dtype), empty(4 * width, width, dtype=dtype), empty(4 * width, dtype=dtype))
+
+
+def linear_swiglu(width: int, dtype: torch.dtype) -> None:
+    mlp._launch_swiglu(empty(2, 256, width, dtype=dtype), empty(8 * width, width, dtype=dtype), empty(8 * width, dtype=dtype))
+
+
+def guided_step(guidance: float, dtype: torch.dtype) -> None:
+    x, copies = empty(2, 4, 32, 32, dtype=torch.float32), 1 if guidance == 1.0 else 2
+    solver._launch(x, torch.empty_like(x), empty(copies * 2, 4, 32, 32, dtype=dtype), empty(6, dtype=torch.float32), guidance)
+
+
 CASES: dict[str, Callable[[], None]] = {}
+"""Tensor cores multiply half precision, so the products have no float32."""
 for word, dtype in TYPES.items():
     for of in (branch_norm, norm_alone, branch_norm_backward):
         CASES |= {f"{of.__name__} {size} {word}": partial(of, width, dtype) for size, width in WIDTHS.items()}
-    for of in (self_attention, cross_attention):
-        CASES |= {f"{of.__name__} {d} {word}": partial(of, d, dtype) for d in HEADS}
+    CASES |= {f"guided_step {guidance} {word}": partial(guided_step, guidance, dtype) for guidance in (1.0, 4.0)}
+    if word != "fp32":
+        for of in (self_attention, cross_attention):
+            CASES |= {f"{of.__name__} {d} {word}": partial(of, d, dtype) for d in HEADS}
+        for of in (linear_gelu, linear_gelu_many, linear_swiglu):
+            CASES |= {f"{of.__name__} {size} {word}": partial(of, WIDTHS[size], dtype) for size in ("S", "XL")}

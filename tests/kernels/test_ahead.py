@@ -1,0 +1,66 @@
+"""Every public operation, type, width and configuration compiles to machine code for sm_80, sm_90 and sm_120, without a GPU, and
+takes of a GPU what it took before: registers, shared memory, the width of its loads, its matrix instructions.
+
+The golden file holds for the Triton it was made with; rules hold for every one. After a change that is meant:
+`cd tests/support && python ahead.py > ../kernels/resources.json`, and look at the difference.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+from kernel_cases import CAPABILITIES, CASES
+
+GOLDEN = json.loads(Path(__file__).with_name("resources.json").read_text())
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_120": 99 * 1024}
+"""Bytes of shared memory that a program may have (CUDA programming guide, table of compute capabilities)."""
+PRODUCTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_120": "HMMA"}
+"""What multiplies matrices of half precision there."""
+MULTIPLY = ("self_attention", "cross_attention", "linear_")
+GROUPS = {"norms": [name for name in CASES if "norm" in name], "others": [name for name in CASES if "norm" not in name]}
+
+
+@pytest.fixture(scope="module", params=GROUPS)
+def compiled(request) -> dict[str, dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parents[1] / "support" / "ahead.py"
+    command = [sys.executable, str(script), *GROUPS[request.param]]
+    done = subprocess.run(command, env=environment | {"PYTHONPATH": str(script.parent)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)["cases"]
+
+
+def test_every_case_compiles_and_keeps_to_the_rules(compiled: dict[str, dict]):
+    broken = []
+    for name, made in compiled.items():
+        assert made.keys() == {f"sm_{capability}" for capability in CAPABILITIES}
+        for gpu, found in made.items():
+            if found["spills"] or found["stack"]:
+                broken.append(f"{name} on {gpu} spills registers: {found}")
+            if found["shared"] > SHARED[gpu]:
+                broken.append(f"{name} on {gpu} wants {found['shared']} bytes of shared memory; there are {SHARED[gpu]}")
+            multiplies = name.split()[0] in (
+                "self_attention",
+                "cross_attention",
+                "linear_gelu",
+                "linear_gelu_many",
+                "linear_swiglu",
+            )
+            if found["products"] != ([PRODUCTS[gpu]] if multiplies else []):
+                broken.append(f"{name} on {gpu} multiplies with {found['products']}")
+            if "norm" in name and set(found["loads"]) != {"128"}:
+                broken.append(f"{name} on {gpu} reads less than 128 bits at a time: {found['loads']}")
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.skipif(triton.__version__ != GOLDEN["triton"], reason=f"the golden file is of Triton {GOLDEN['triton']}")
+def test_nothing_takes_more_or_less_of_a_gpu_than_it_did(compiled: dict[str, dict]):
+    assert compiled == {name: GOLDEN["cases"][name] for name in compiled}
+
+
+def test_the_golden_file_knows_every_case_and_no_other():
+    assert list(GOLDEN["cases"]) == list(CASES)
