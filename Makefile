@@ -8,12 +8,13 @@ WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # where kernels/ would be found as a package.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONSAFEPATH=1
 
-.PHONY: help demo test test-slow lint format freeze picture clean
+.PHONY: help demo test test-slow mutants lint format freeze picture clean
 
 help:
 	@echo "make demo       translate the sample drawings with the built-in checkpoint; writes demo/report.html"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that take minutes: training that is killed, two processes, real quality"
+	@echo "make mutants    bugs put into the kernels one by one: the tests must find each"
 	@echo "make lint       style, types and import rules (\`make test\` checks them too)"
 	@echo "make format     put the style right"
 	@echo "make picture    draw the README's picture anew, from a demo"
@@ -28,6 +29,9 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(TEST_ENV) $(BIN)/pytest -m slow
+
+mutants: .venv/installed
+	$(TEST_ENV) $(BIN)/pytest -n $(WORKERS) -m slow tests/kernels/test_mutants.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

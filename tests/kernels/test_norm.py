@@ -67,7 +67,8 @@ def test_a_row_of_equal_numbers_is_zero_not_nan():
 def test_half_precision_carries_the_residual_as_it_is_stored():
     """What is normalised is the rounded residual: the next branch finds the same numbers."""
     make = Guarded()
-    residual, branch = make.randn(1, 4, 96, dtype=torch.bfloat16, std=30), make.randn(1, 4, 96, dtype=torch.bfloat16)
+    # about 300 bfloat16 knows even numbers only
+    residual, branch = make.randn(1, 4, 96, dtype=torch.bfloat16, mean=300), make.randn(1, 4, 96, dtype=torch.bfloat16)
     updated, normed = fused.gate_residual_norm_modulate(residual, branch, None, None, None)
     assert close(normed, plain.norm_modulate(updated.double(), None, None), like=plain.norm_modulate(updated, None, None))
 
