@@ -13,7 +13,7 @@ image and time, so for all steps before the first). `forward` is the three in a 
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ from clipdit.shapes import ClipTokens, Latent, Time, Tokens
 Conditioning = Literal["clip", "concat", "both"]
 Norm = Literal["layer", "rms"]
 Positions = Literal["rope", "sincos"]
+Normed = Any
+"""Tokens as the operations emit them for the linear layers behind a norm: (B, N, D), or 8-bit integers with their scales."""
 
 SIZES = {  # name: (width, depth, heads), Peebles & Xie 2023, table 1; Ti as in ViT
     "Ti": (192, 12, 3),
@@ -91,7 +93,7 @@ class CrossAttention(nn.Module):
         k, v = self.kv(ops.rms_norm(tokens)).chunk(2, dim=-1)  # each (B, M, D)
         return k, v
 
-    def forward(self, x: Tokens, k: Tensor, v: Tensor) -> Tokens:
+    def forward(self, x: Normed, k: Tensor, v: Tensor) -> Tokens:
         return self.out(self.ops.attention(self.q(x), k, v, heads=self.heads))
 
 
@@ -115,14 +117,14 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tokens,
-        normed: Tokens,
+        normed: Normed,
         modulation: Float[Tensor, "B six D"],
         following: Float[Tensor, "B two D"],
         keys_values: tuple[Tensor, Tensor] | None,
         rotary: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tokens, Tokens]:
+    ) -> tuple[Tokens, Normed]:
         """x and its modulated norm -> the same for what comes next, whose shift and scale are `following`. A norm belongs to the
-        end of the branch before it: one pass over the tokens, not two."""
+        end of the branch before it: one pass over the tokens, not two. It is in whatever form `ops` emit and the layers take."""
         ops, norm = self.ops, self.norm
         _, _, gate1, shift2, scale2, gate2 = modulation.split(1, dim=1)  # each (B, 1, D)
         branch = self.out(
@@ -134,7 +136,8 @@ class Block(nn.Module):
         x, normed = ops.gate_residual_norm_modulate(x, branch, gate1, shift2, scale2, norm=norm)
         branch = ops.gelu_mlp(normed, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         shift, scale = following.split(1, dim=1)
-        return ops.gate_residual_norm_modulate(x, branch, gate2, shift, scale, norm=norm)
+        end = ops.end_block or ops.gate_residual_norm_modulate
+        return end(x, branch, gate2, shift, scale, norm=norm)
 
 
 class DiT(ModelMixin, ConfigMixin):

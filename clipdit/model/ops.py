@@ -212,6 +212,8 @@ class Ops:
     qkv_attention: Callable[..., Rows] = qkv_attention
     patchify: Callable[..., Rows] = patchify
     unpatchify: Callable[..., Tensor] = unpatchify
+    end_block: Callable[..., tuple[Rows, Rows]] | None = None
+    """`gate_residual_norm_modulate` to what comes behind a block, where that wants its rows otherwise; None is the same."""
 
 
 PLAIN = Ops()

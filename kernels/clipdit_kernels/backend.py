@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +23,7 @@ from clipdit.shapes import Latent
 from clipdit.torch_backend import EagerBackend, best_device
 from clipdit_kernels import fused
 from clipdit_kernels.launch import interpreted, why_not_here
+from clipdit_kernels.quantized import FUSED_INT8, quantize
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,10 @@ class Captured:
     result: Tensor
 
 
+INT8 = "int8"
+"""The variant whose products are of 8-bit integers; see clipdit_kernels.quantized."""
+
+
 class TritonBackend(EagerBackend):
     """Eager, with fused kernels in the DiT and the loop of each shape as one CUDA graph."""
 
@@ -48,12 +52,16 @@ class TritonBackend(EagerBackend):
     preference = 0
     """Opened by name alone, as long as no GPU has measured it: docs/kernels.md."""
 
-    def __init__(self, pipeline: ClipDiTPipeline, *, folder: Path | None = None):
+    def __init__(self, pipeline: ClipDiTPipeline, *, folder: Path | None = None, int8: bool = False):
+        """`int8` changes the pipeline's DiT for good. ValueError for a model that it does not take."""
         super().__init__(pipeline, folder=folder)
         ops, self.left_plain = fused.fused_for(pipeline.transformer)
         for name, reason in self.left_plain.items():
             logger.info("%s stays plain: %s", name, reason)
-        pipeline.transformer.use(ops)
+        if int8:
+            quantize(pipeline.transformer, ops, FUSED_INT8)
+        else:
+            pipeline.transformer.use(ops)
         self._captures = self.limits.device.type == "cuda"
         self._graphs: OrderedDict[tuple, Captured | None] = OrderedDict()  # None: called once, not captured yet
         self._pairs: WeakKeyDictionary[Condition, Condition] = WeakKeyDictionary()
@@ -64,14 +72,27 @@ class TritonBackend(EagerBackend):
         return why_not_here(torch.device("cpu") if interpreted() else best_device()) or super().why_not(folder)
 
     @classmethod
-    def open(cls, folder: Path, *, device: torch.device | None = None, **options: Any) -> "TritonBackend":
-        """See `EagerBackend.open`. ValueError for a device that kernels do not run on."""
+    def variants(cls, folder: Path) -> list[str]:
+        return [*super().variants(folder), INT8]
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+    ) -> "TritonBackend":
+        """See `EagerBackend.open`; `variant` "int8" computes what is not in 8 bits in `dtype`. ValueError for a device that
+        kernels do not run on, or a model that has no int8."""
         device = device or (torch.device("cpu") if interpreted() else best_device())
         if (reason := why_not_here(device)) is not None:
             raise ValueError(reason)
-        opened = super().open(folder, device=device, **options)
+        int8 = variant == INT8
+        opened = super().open(folder, device=device, dtype=dtype, variant=None if int8 else variant)
         assert isinstance(opened, TritonBackend)
-        return opened
+        return cls(opened._pipeline, folder=folder, int8=True) if int8 else opened
 
     def sample(self, noise: Latent, condition: Condition, table: SamplingTable, *, guidance: float = 1.0) -> Latent:
         """See `clipdit.backend.WholeLoop`."""

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clipdit.model import int8_ops as plain_int8
 from clipdit.model import ops as plain
+from clipdit.model.int8_ops import GROUP, LEAST
 from clipdit_kernels.launch import launch, on_cpu, per_image, require, rows_of, warps_for
 
 WIDEST = 8192
@@ -22,11 +24,12 @@ BACKWARD_ROWS = 16
 
 @triton.jit
 def forward_kernel(
-    residual, branch, gate, shift, scale, out_residual, out_normed,
+    residual, branch, gate, shift, scale, out_residual, out_normed, out_scales,
     rows_per_image, gate_stride, shift_stride, scale_stride,
     D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr,
-    HAS_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr, HAS_MODULATION: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr, HAS_MODULATION: tl.constexpr, GROUP: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
+    """GROUP numbers of the norm share a scale and leave in 8 bits; 0 leaves them as they are."""
     row = tl.program_id(0)
     image = row // rows_per_image
     columns = tl.arange(0, BLOCK)
@@ -48,6 +51,12 @@ def forward_kernel(
         factor = tl.load(scale + image * scale_stride + columns, mask=inside, other=0.0).to(tl.float32)
         offset = tl.load(shift + image * shift_stride + columns, mask=inside, other=0.0).to(tl.float32)
         normed = normed * (1.0 + factor) + offset
+    if GROUP > 0:
+        grouped = tl.reshape(normed, (BLOCK // GROUP, GROUP))
+        largest = tl.maximum(tl.max(tl.abs(grouped), axis=1), LEAST)
+        groups = tl.arange(0, BLOCK // GROUP)
+        tl.store(out_scales + row.to(tl.int64) * (D // GROUP) + groups, largest / 127.0, mask=groups < D // GROUP)
+        normed = tl.reshape(tl.floor(grouped * (127.0 / largest)[:, None] + 0.5), (BLOCK,))
     tl.store(out_normed + at, normed.to(out_normed.dtype.element_ty), mask=inside)
 
 
@@ -103,27 +112,23 @@ def backward_kernel(
 
 
 def _launch(
-    residual: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    norm: str,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """(new residual, or the old one where there is no branch; modulated norm)."""
+    residual: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    norm: str, eps: float, group: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(new residual, or the old one where there is no branch; modulated norm; its scales, empty where `group` is 0)."""
     batch, rows, width = residual.shape
-    normed = torch.empty_like(residual)
+    normed = torch.empty_like(residual, dtype=torch.int8 if group else residual.dtype)
+    scales = torch.empty(batch, rows, width // group if group else 0, dtype=torch.float32, device=residual.device)
     updated = residual if branch is None else torch.empty_like(residual)
     block = triton.next_power_of_2(width)
     launch(
         forward_kernel, (batch * rows,),
-        residual, branch, gate, shift, scale, updated, normed, rows,
+        residual, branch, gate, shift, scale, updated, normed, scales, rows,
         *(0 if tensor is None else tensor.stride(0) for tensor in (gate, shift, scale)),
-        D=width, BLOCK=block, EPS=eps, RMS=norm == "rms",
+        D=width, BLOCK=block, EPS=eps, RMS=norm == "rms", GROUP=group, LEAST=LEAST,
         HAS_BRANCH=branch is not None, HAS_GATE=gate is not None, HAS_MODULATION=scale is not None, num_warps=warps_for(block),
     )  # fmt: skip
-    return updated, normed
+    return updated, normed, scales
 
 
 def _check(
@@ -178,12 +183,30 @@ def _launch_both(
     residual: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, norm: str, eps: float
 ) -> tuple[Tensor, Tensor]:
     _check("gate_residual_norm_modulate", residual, branch, gate, shift, scale, norm)
-    return _launch(residual, branch, gate, shift, scale, norm, eps)
+    return _launch(residual, branch, gate, shift, scale, norm, eps)[:2]
 
 
 def _launch_norm(x: Tensor, shift: Tensor | None, scale: Tensor | None, norm: str, eps: float) -> Tensor:
     _check("norm_modulate", x, None, None, shift, scale, norm, called="x")
     return _launch(x, None, None, shift, scale, norm, eps)[1]
+
+
+def _launch_both_int8(
+    residual: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, norm: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check("gate_residual_norm_modulate", residual, branch, gate, shift, scale, norm)
+    require("gate_residual_norm_modulate", residual=_uneven(residual))
+    return _launch(residual, branch, gate, shift, scale, norm, eps, group=GROUP)
+
+
+def _launch_norm_int8(x: Tensor, shift: Tensor | None, scale: Tensor | None, norm: str, eps: float) -> tuple[Tensor, Tensor]:
+    _check("norm_modulate", x, None, None, shift, scale, norm, called="x")
+    require("norm_modulate", x=_uneven(x))
+    return _launch(x, None, None, shift, scale, norm, eps, group=GROUP)[1:]
+
+
+def _uneven(x: Tensor) -> str | None:
+    return f"has rows of {x.shape[-1]}; wanted a multiple of {GROUP}, which share a scale" if x.shape[-1] % GROUP else None
 
 
 @torch.library.custom_op("clipdit::gate_residual_norm_modulate", mutates_args=(), device_types="cuda")
@@ -198,6 +221,20 @@ def both(
 def alone(x: Tensor, shift: Tensor | None, scale: Tensor | None, norm: str, eps: float) -> Tensor:
     """See `clipdit.model.ops.norm_modulate`."""
     return _launch_norm(x, shift, scale, norm, eps)
+
+
+@torch.library.custom_op("clipdit::gate_residual_norm_modulate_int8", mutates_args=(), device_types="cuda")
+def both_int8(
+    residual: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, norm: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `clipdit.model.int8_ops.gate_residual_norm_modulate`: (new residual, numbers, scales)."""
+    return _launch_both_int8(residual, branch, gate, shift, scale, norm, eps)
+
+
+@torch.library.custom_op("clipdit::norm_modulate_int8", mutates_args=(), device_types="cuda")
+def alone_int8(x: Tensor, shift: Tensor | None, scale: Tensor | None, norm: str, eps: float) -> tuple[Tensor, Tensor]:
+    """See `clipdit.model.int8_ops.norm_modulate`: (numbers, scales)."""
+    return _launch_norm_int8(x, shift, scale, norm, eps)
 
 
 @torch.library.custom_op("clipdit::gate_residual_norm_modulate_backward", mutates_args=(), device_types="cuda")
@@ -221,6 +258,19 @@ def _plain_both(residual, branch, gate, shift, scale, norm, eps):
 
 def _plain_norm(x, shift, scale, norm, eps):
     return plain.norm_modulate(x, shift, scale, norm=norm, eps=eps)
+
+
+def _plain_both_int8(residual, branch, gate, shift, scale, norm, eps):
+    residual, rows = plain_int8.gate_residual_norm_modulate(residual, branch, gate, shift, scale, norm=norm, eps=eps)
+    return residual, *rows
+
+
+def _plain_norm_int8(x, shift, scale, norm, eps):
+    return tuple(plain_int8.norm_modulate(x, shift, scale, norm=norm, eps=eps))
+
+
+def _fake_int8(x):
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty(*x.shape[:-1], x.shape[-1] // GROUP, dtype=torch.float32)
 
 
 def _plain_backward(updated, branch, gate, scale, grad_residual, grad_normed, norm, eps):
@@ -247,6 +297,10 @@ def _all_there(first: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor, T
 
 both.register_kernel("cpu")(on_cpu(_plain_both, _launch_both))
 alone.register_kernel("cpu")(on_cpu(_plain_norm, _launch_norm))
+both_int8.register_kernel("cpu")(on_cpu(_plain_both_int8, _launch_both_int8))
+alone_int8.register_kernel("cpu")(on_cpu(_plain_norm_int8, _launch_norm_int8))
+both_int8.register_fake(lambda residual, *_: (torch.empty_like(residual), *_fake_int8(residual)))
+alone_int8.register_fake(lambda x, *_: _fake_int8(x))
 both.register_fake(lambda residual, *_: (torch.empty_like(residual), torch.empty_like(residual)))
 alone.register_fake(lambda x, *_: torch.empty_like(x))
 backward.register_kernel("cpu")(on_cpu(_plain_backward, _launch_backward))

@@ -20,6 +20,7 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_120": 99 * 1024}
 """Bytes of shared memory that a program may have (CUDA programming guide, table of compute capabilities)."""
 PRODUCTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_120": "HMMA"}
 """What multiplies matrices of half precision there."""
+INT8_PRODUCTS = {"sm_80": "IMMA", "sm_90": "IGMMA", "sm_120": "IMMA"}
 MULTIPLY = ("self_attention", "cross_attention", "linear_")
 GROUPS = {"norms": [name for name in CASES if "norm" in name], "others": [name for name in CASES if "norm" not in name]}
 
@@ -43,7 +44,8 @@ def test_every_case_compiles_and_keeps_to_the_rules(compiled: dict[str, dict]):
                 broken.append(f"{name} on {gpu} spills registers: {found}")
             if found["shared"] > SHARED[gpu]:
                 broken.append(f"{name} on {gpu} wants {found['shared']} bytes of shared memory; there are {SHARED[gpu]}")
-            if found["products"] != ([PRODUCTS[gpu]] if name.startswith(MULTIPLY) else []):
+            products = INT8_PRODUCTS if "int8" in name else PRODUCTS
+            if found["products"] != ([products[gpu]] if name.startswith(MULTIPLY) else []):
                 broken.append(f"{name} on {gpu} multiplies with {found['products']}")
             if "norm" in name and set(found["loads"]) != {"128"}:
                 broken.append(f"{name} on {gpu} reads less than 128 bits at a time: {found['loads']}")

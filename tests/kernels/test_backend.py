@@ -7,9 +7,10 @@ import torch
 from bars import FLOORS
 from guarded import DEVICE
 
-from clipdit.backend import Condition, available_backends
+from clipdit.backend import Condition, available_backends, open_backend
 from clipdit.model.dit import SIZES, DiT
 from clipdit.model.ops import PLAIN
+from clipdit.pipeline import save_checkpoint
 from clipdit.sampling import flow_table, guide, sample, seeded_noise
 from clipdit.testing import tiny_checkpoint, tiny_pipeline
 from clipdit.torch_backend import EagerBackend
@@ -162,6 +163,32 @@ def test_what_stays_plain_is_said_and_why(monkeypatch):
     monkeypatch.setattr(launch, "interpreted", lambda: False)
     assert fused_for(dit)[1].keys() == {"attention", "qkv_attention", "gelu_mlp"}  # float32: no tensor core multiplies it
     assert fused_for(dit.bfloat16())[1].keys() == {"attention", "qkv_attention"}
+
+
+@torch.inference_mode()
+def test_int8_is_a_variant_near_the_others(tmp_path):
+    pipeline = tiny_pipeline()
+    dit = DiT(latent_channels=4, width=128, depth=1, heads=2, clip_token_width=24, clip_embedding_width=16)
+    for parameter in dit.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    pipeline.register_modules(transformer=dit.eval())
+    save_checkpoint(pipeline, tmp_path / "checkpoint")
+    assert TritonBackend.variants(tmp_path / "checkpoint") == ["fp32", "bf16", "int8"]
+    noise, images = given(0, 1)
+    results = []
+    for variant in ("fp32", "int8"):
+        backend = open_backend(tmp_path / "checkpoint", f"triton:{variant}")
+        results.append(backend.sample(noise, backend.encode(images), flow_table(2), guidance=2.0))
+        backend.close()
+    drift = (results[1] - results[0]).norm() / results[0].norm()
+    assert 1e-4 < drift < 0.03
+
+
+def test_a_model_that_int8_does_not_take_is_refused_when_it_is_opened(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"the model is 32 wide; int8 wants a multiple of 128, which share a scale\. Use bf16"):
+        open_backend(folder, "triton:int8")
 
 
 def test_opening_a_checkpoint_changes_none_of_its_files(tmp_path):

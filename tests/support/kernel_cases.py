@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from clipdit_kernels import attention, mlp, norm, solver
+from clipdit_kernels import attention, int8, mlp, norm, solver
 
 CAPABILITIES = (80, 90, 120)
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,6 +60,26 @@ def guided_step(guidance: float, dtype: torch.dtype) -> None:
     solver._launch(x, torch.empty_like(x), empty(copies * 2, 4, 32, 32, dtype=dtype), empty(6, dtype=torch.float32), guidance)
 
 
+def branch_norm_int8(width: int, dtype: torch.dtype) -> None:
+    x, rows = empty(2, 256, width, dtype=dtype), empty(2, 6, width, dtype=dtype).split(1, dim=1)
+    norm._launch_both_int8(x, torch.empty_like(x), rows[2], rows[3], rows[4], "layer", 1e-6)
+
+
+def int8_rows(images: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = empty(images, 256, width // int8.GROUP, dtype=torch.float32)
+    return empty(images, 256, width, dtype=torch.int8), scales
+
+
+def linear_int8(width: int, dtype: torch.dtype) -> None:
+    weight, scales = empty(3 * width, width, dtype=torch.int8), empty(3 * width, dtype=torch.float32)
+    int8._launch_linear(*int8_rows(2, width), weight, scales, empty(3 * width, dtype=dtype), dtype)
+
+
+def linear_gelu_int8(width: int, dtype: torch.dtype) -> None:
+    weight, scales = empty(4 * width, width, dtype=torch.int8), empty(4 * width, dtype=torch.float32)
+    int8._launch_gelu(*int8_rows(16, width), weight, scales, empty(4 * width, dtype=dtype))
+
+
 CASES: dict[str, Callable[[], None]] = {}
 """Tensor cores multiply half precision, so the products have no float32."""
 for word, dtype in TYPES.items():
@@ -71,3 +91,5 @@ for word, dtype in TYPES.items():
             CASES |= {f"{of.__name__} {d} {word}": partial(of, d, dtype) for d in HEADS}
         for of in (linear_gelu, linear_gelu_many, linear_swiglu):
             CASES |= {f"{of.__name__} {size} {word}": partial(of, WIDTHS[size], dtype) for size in ("S", "XL")}
+        for of in (branch_norm_int8, linear_int8, linear_gelu_int8):
+            CASES |= {f"{of.__name__} {size} {word}": partial(of, width, dtype) for size, width in WIDTHS.items()}

@@ -12,7 +12,7 @@ class Mutant(NamedTuple):
     bug: str
 
 
-NORM, ATTENTION, MLP, SOLVER = "norm", "attention", "mlp", "solver"
+NORM, ATTENTION, MLP, SOLVER, INT8 = "norm", "attention", "mlp", "solver", "int8"
 
 MUTANTS = [
     # the first `forward_kernel` of norm.py, in order
@@ -220,5 +220,22 @@ MUTANTS = [
         "tl.store(out_given + numbers + at, given, mask=inside)",
         "tl.store(out_given + at, given, mask=inside)",
         "the null half is not given the new x",
+    ),
+    Mutant(INT8, "range(0, inner // GROUP)", "range(0, inner // GROUP - 1)", "the last group is left out"),
+    Mutant(INT8, "* (inner // GROUP) + group, mask", "* (inner // GROUP), mask", "the first group's scale for all"),
+    Mutant(
+        INT8, "tl.load(x + group * GROUP, mask=m[:, None] < rows, other=0)", "tl.load(x + group * GROUP)", "reads beyond the rows"
+    ),
+    Mutant(
+        INT8, "total *= tl.load(w_scales + n, mask=n < columns, other=0.0)[None, :]", "total *= 1.0", "no scale of the weight"
+    ),
+    Mutant(INT8, "* (127.0 / largest)[:, None] + 0.5)", "* (127.0 / largest)[:, None])", "rounds down"),
+    Mutant(INT8, "tl.max(tl.abs(total), axis=1)", "tl.max(total, axis=1)", "the scale forgets what is negative"),
+    Mutant(INT8, "* (columns // GROUP) + tile, largest", "* (columns // GROUP), largest", "scales over one another"),
+    Mutant(
+        INT8,
+        "tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)",
+        "tl.store(out + at, total.to(out.dtype.element_ty), mask=m[:, None] < rows)",
+        "writes into the next row",
     ),
 ]
