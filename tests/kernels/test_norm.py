@@ -9,7 +9,8 @@ from guarded import DEVICE, Guarded
 from torch import Tensor
 
 from clipdit.model import ops as plain
-from clipdit_kernels import fused
+from clipdit.model.int8_ops import GROUP, dequantize
+from clipdit_kernels import fused, int8
 from clipdit_kernels.launch import Unsupported
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -131,3 +132,28 @@ def test_what_the_kernel_does_not_take_is_named(change: dict, said: str):
     given = {"residual": X, "branch": X, "gate": ROW, "shift": ROW, "scale": ROW} | change
     with pytest.raises(Unsupported, match=f"gate_residual_norm_modulate: {said}"):
         fused.gate_residual_norm_modulate(**given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [128, 384, 1152])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_norm_leaves_in_8_bits(norm: str, width: int, dtype: torch.dtype):
+    make = Guarded()
+    residual, branch = make.randn(2, 5, width, dtype=dtype), make.randn(2, 5, width, dtype=dtype)
+    gate, shift, scale = make.rows(2, width, 6, dtype=dtype)[:3]
+    updated, rows = int8.gate_residual_norm_modulate(residual, branch, gate, shift, scale, norm=norm)
+    alone = int8.norm_modulate(updated, shift, scale, norm=norm)
+    assert make.untouched() and all(torch.equal(a, b) for a, b in zip(rows, alone, strict=True))
+    doubled = [tensor.double() for tensor in (updated, shift, scale)]
+    wanted = plain.norm_modulate(*doubled, norm=norm)
+    step = wanted.unflatten(-1, (-1, GROUP)).abs().amax(-1) / 127
+    torch.testing.assert_close(rows.scales.double(), step, rtol=1e-5, atol=1e-9)
+    errors = (dequantize(rows).double() - wanted).unflatten(-1, (-1, GROUP)).abs() / step[..., None]
+    assert errors.max() <= 0.501
+    assert close(updated, plain.gate_residual(residual.double(), branch.double(), gate.double()))
+
+
+def test_a_norm_of_an_uneven_width_is_refused():
+    x = torch.zeros(1, 2, 96, device=DEVICE)
+    with pytest.raises(Unsupported, match="norm_modulate: x has rows of 96; wanted a multiple of 128"):
+        int8.norm_modulate(x, None, None)

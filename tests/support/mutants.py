@@ -224,13 +224,11 @@ MUTANTS = [
     Mutant(INT8, "range(0, inner // GROUP)", "range(0, inner // GROUP - 1)", "the last group is left out"),
     Mutant(INT8, "* (inner // GROUP) + group, mask", "* (inner // GROUP), mask", "the first group's scale for all"),
     Mutant(
-        INT8, "tl.load(x + group * GROUP, mask=m[:, None] < rows, other=0)", "tl.load(x + group * GROUP)", "reads beyond the rows"
-    ),
-    Mutant(
         INT8, "total *= tl.load(w_scales + n, mask=n < columns, other=0.0)[None, :]", "total *= 1.0", "no scale of the weight"
     ),
     Mutant(INT8, "* (127.0 / largest)[:, None] + 0.5)", "* (127.0 / largest)[:, None])", "rounds down"),
-    Mutant(INT8, "tl.max(tl.abs(total), axis=1)", "tl.max(total, axis=1)", "the scale forgets what is negative"),
+    Mutant(NORM, "tl.max(tl.abs(grouped), axis=1)", "tl.max(grouped, axis=1)", "the scale forgets what is negative"),
+    Mutant(NORM, "largest / 127.0, mask=groups < D // GROUP", "largest / 127.0", "scales of groups that are not there"),
     Mutant(INT8, "* (columns // GROUP) + tile, largest", "* (columns // GROUP), largest", "scales over one another"),
     Mutant(
         INT8,
