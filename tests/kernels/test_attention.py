@@ -3,15 +3,13 @@
 import pytest
 import torch
 from bars import close, doubles
-from guarded import DEVICE, Guarded
+from guarded import DEVICE, FINEST, MULTIPLIED, Guarded
 from torch import Tensor
 
 from clipdit.model import ops as plain
 from clipdit_kernels import fused
 from clipdit_kernels.attention import parts_of
 from clipdit_kernels.launch import Unsupported
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def packed(make: Guarded, rows: int, heads: int, d: int, dtype: torch.dtype, **options) -> dict[str, Tensor]:
@@ -41,7 +39,7 @@ def both(given: dict[str, Tensor], heads: int, *, norm: bool = True, rotary: boo
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MULTIPLIED)
 @pytest.mark.parametrize("rows, heads, d", [(64, 2, 64), (70, 3, 72), (33, 2, 16), (20, 1, 48), (130, 1, 64), (17, 2, 136)])
 def test_self_attention_with_norm_and_rotary_positions(rows: int, heads: int, d: int, dtype: torch.dtype):
     make = Guarded()
@@ -52,11 +50,11 @@ def test_self_attention_with_norm_and_rotary_positions(rows: int, heads: int, d:
 @pytest.mark.parametrize("norm, rotary", [(False, False), (True, False), (False, True)])
 def test_norm_and_rotary_positions_may_be_missing(norm: bool, rotary: bool):
     make = Guarded()
-    got, wanted, like = both(packed(make, 37, 2, 72, torch.float32), 2, norm=norm, rotary=rotary)
+    got, wanted, like = both(packed(make, 37, 2, 72, FINEST), 2, norm=norm, rotary=rotary)
     assert close(got, wanted, like=like) and make.untouched()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MULTIPLIED)
 @pytest.mark.parametrize("queries, keys", [(64, 50), (33, 77), (64, 257), (1, 1), (129, 64)])
 def test_cross_attention_reads_views_of_a_packed_projection(queries: int, keys: int, dtype: torch.dtype):
     make = Guarded()
@@ -71,7 +69,7 @@ def test_cross_attention_reads_views_of_a_packed_projection(queries: int, keys: 
 def test_scores_far_apart_neither_overflow_nor_lose_the_largest():
     """Logits of hundreds, the largest in the last tile: without rescaling by the running maximum this is NaN or wrong."""
     make = Guarded()
-    q, k, v = make.randn(1, 16, 64, std=6), make.randn(1, 150, 64, std=6), make.randn(1, 150, 64)
+    q, k, v = (make.randn(1, rows, 64, std=std, dtype=FINEST) for rows, std in ((16, 6), (150, 6), (150, 1)))
     k[:, -1] = 20 * q[:, 3] / q[:, 3].norm() * 6
     with torch.inference_mode():
         got, like = fused.attention(q, k, v, heads=1), plain.attention(q, k, v, heads=1)
@@ -80,7 +78,7 @@ def test_scores_far_apart_neither_overflow_nor_lose_the_largest():
 
 def test_every_image_and_head_reads_its_own():
     make = Guarded()
-    q, k, v = make.randn(3, 5, 64), make.randn(3, 7, 64), make.randn(3, 7, 64)
+    q, k, v = (make.randn(3, rows, 64, dtype=FINEST) for rows in (5, 7, 7))
     with torch.inference_mode():
         together = fused.attention(q, k, v, heads=4)
         alone = torch.cat([fused.attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], heads=4) for i in range(3)])
@@ -94,7 +92,7 @@ def test_a_head_is_read_in_two_powers_of_two(d: int, parts: tuple[int, int]):
     assert parts_of(d) == parts
 
 
-Q = torch.zeros(2, 4, 64, device=DEVICE)
+Q = torch.zeros(2, 4, 64, device=DEVICE, dtype=FINEST)
 
 
 @pytest.mark.parametrize(
@@ -103,13 +101,16 @@ Q = torch.zeros(2, 4, 64, device=DEVICE)
         ({"q": Q[0]}, r"q has shape \(4, 64\); wanted \(B, N, heads d\)"),
         ({"q": Q[:0]}, r"q is empty, \(0, 4, 64\)"),
         ({"q": Q.double()}, "q is of torch.float64"),
-        ({"k": Q.half()}, "k is of torch.float16; wanted torch.float32, that of the queries"),
+        ({"k": Q.bfloat16()}, f"k is of torch.bfloat16; wanted {FINEST}, that of the queries"),
         ({"k": Q[:1]}, r"k has shape \(1, 4, 64\); wanted \(2, M, 64\)"),
         ({"v": Q[:, :2]}, r"v has shape \(2, 2, 64\); wanted \(2, 4, 64\), that of k"),
         ({"v": Q.mT.contiguous().mT}, r"v has strides \(256, 1, 4\); wanted neighbours"),
         ({"heads": 8}, "q is 64 wide with 8 heads; wanted heads of 16 to 256 numbers, a multiple of 4"),
         ({"heads": 0}, "heads is 0; wanted at least 1"),
-        ({"q": torch.zeros(1, 70_000, 16, device=DEVICE), "heads": 1}, "q has 70,000 tokens; wanted at most 65,536"),
+        (
+            {"q": torch.zeros(1, 70_000, 16, device=DEVICE, dtype=FINEST), "heads": 1},
+            "q has 70,000 tokens; wanted at most 65,536",
+        ),
     ],
 )
 def test_what_the_kernel_does_not_take_is_named(change: dict, said: str):
@@ -123,7 +124,7 @@ def test_what_the_kernel_does_not_take_is_named(change: dict, said: str):
         ({"qkv": Q[:, :, :62]}, r"qkv has shape \(2, 4, 62\); wanted \(B, N, 3 heads d\)"),
         ({"q_weight": None}, "q_weight or k_weight is None; wanted both"),
         ({"k_weight": Q[0, 0, :8]}, r"k_weight has shape \(8,\).*wanted \(16,\)"),
-        ({"rotary": (Q[0, :, :8], Q[0, :, :16])}, r"rotary has shape \(4, 8\)"),
+        ({"rotary": (Q[0, :, :8].float(), Q[0, :, :16].float())}, r"rotary has shape \(4, 8\)"),
         ({"rotary": (Q[0, :, :16].half(), Q[0, :, :16])}, "rotary is of torch.float16; wanted float32"),
     ],
 )

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from bars import close, doubles
-from guarded import DEVICE, Guarded
+from guarded import DEVICE, FINEST, MULTIPLIED, Guarded
 
 from clipdit.model import ops as plain
 from clipdit_kernels import fused, mlp
 from clipdit_kernels.launch import Unsupported
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", MULTIPLIED)
 @pytest.mark.parametrize("rows, width, hidden", [(64, 64, 128), (70, 72, 200), (3, 96, 24), (5, 1152, 144)])
 @pytest.mark.parametrize("name", ["gelu_mlp", "swiglu_mlp"])
 def test_an_mlp(name: str, rows: int, width: int, hidden: int, dtype: torch.dtype):
@@ -28,6 +28,7 @@ def test_an_mlp(name: str, rows: int, width: int, hidden: int, dtype: torch.dtyp
     assert close(got, getattr(plain, name)(*doubles(given)), like=like) and make.untouched()
 
 
+@pytest.mark.skipif(torch.float32 != FINEST, reason="seen in float32 alone, which only the interpreter multiplies")
 def test_gelu_is_exact_far_out_and_near_zero():
     make = Guarded()
     values = torch.tensor([-1e4, -100, -10, -5, -1, -1e-3, 0, 1e-3, 1, 5, 10, 100, 1e4, 2, -2, 3])
@@ -39,7 +40,7 @@ def test_gelu_is_exact_far_out_and_near_zero():
     assert ((got.double() - wanted).abs() <= 1e-6 + 3e-6 * wanted.abs()).all()
 
 
-X, W, B = torch.zeros(2, 4, 32, device=DEVICE), torch.zeros(64, 32, device=DEVICE), torch.zeros(64, device=DEVICE)
+X, W, B = (torch.zeros(shape, device=DEVICE, dtype=FINEST) for shape in ((2, 4, 32), (64, 32), (64,)))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ X, W, B = torch.zeros(2, 4, 32, device=DEVICE), torch.zeros(64, 32, device=DEVIC
         ({"x": X[:0]}, "x is empty"),
         ({"w1": W[:, :16].contiguous()}, r"w1 has shape \(64, 16\), .* wanted rows of 32, contiguous"),
         ({"w1": W.T.contiguous().T}, r"w1 has shape \(64, 32\), strides \(1, 64\)"),
-        ({"w1": W.half()}, "w1 is of torch.float16; wanted torch.float32, that of x"),
+        ({"w1": W.bfloat16()}, f"w1 is of torch.bfloat16; wanted {FINEST}, that of x"),
         ({"b1": B[:3]}, r"b1 has shape \(3,\); wanted \(64,\)"),
     ],
 )

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 DEVICE = torch.device(os.environ.get("CLIPDIT_TEST_DEVICE", "cpu"))
+MULTIPLIED = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32, torch.float16, torch.bfloat16]
+"""What kernels multiply; float32 in the interpreter alone."""
+FINEST = MULTIPLIED[0]
 GUARD = 4096
 """Numbers of NaN on either side."""
 
