@@ -85,7 +85,7 @@ def per_image(tensor: Tensor | None, rows: Tensor) -> str | None:
 def not_multiplied(dtype: torch.dtype) -> str | None:
     """Why a kernel does not multiply numbers of this type; None when it does. The interpreter multiplies all."""
     if dtype == torch.float32 and not interpreted():
-        return "is of torch.float32; wanted bfloat16 or float16, which tensor cores multiply. Use the plain operation"
+        return "is of torch.float32; wanted bfloat16 or float16, which tensor cores multiply as they are. Use the plain operation"
     return None
 
 
