@@ -1,8 +1,9 @@
 """The `clipdit` command. It knows no verb by name: verbs are the entry points of the group `clipdit.commands`.
 
 An entry point holds a function (a verb), or a dict from name to function (nested verbs; the name "" is what runs when no other
-name is given). tyro turns a function's annotations and docstring into options and help. What the user did wrong becomes one line
-on standard error and exit code 2; `clipdit --traceback VERB ...` shows where it came from.
+name is given). One with a dot in its name adds to another's: `bench.kernels` is what `clipdit bench kernels` runs. tyro turns a
+function's annotations and docstring into options and help. What the user did wrong becomes one line on standard error and exit
+code 2; `clipdit --traceback VERB ...` shows where it came from.
 
 Only the verb that is asked for is loaded, and verbs import torch inside their functions, so `clipdit --help` answers at once.
 """
@@ -94,9 +95,20 @@ def load_verb(verbs: Verbs, name: str) -> dict[str, Verb]:
     """
     try:
         loaded = verbs[name]()
+        nested = loaded if isinstance(loaded, dict) else {"": loaded}
+        for added in verbs:
+            if added.startswith(f"{name}."):
+                more = verbs[added]()
+                assert not isinstance(more, dict), f"the entry point {added} holds several verbs; wanted a function"
+                nested = nested | {added.removeprefix(f"{name}."): more}
     except ModuleNotFoundError as error:
         raise UsageError(f"`{name}` needs the Python package `{error.name}`, which is not installed") from error
-    return loaded if isinstance(loaded, dict) else {"": loaded}
+    return nested
+
+
+def names_of(verbs: Verbs) -> list[str]:
+    """What may stand behind `clipdit`."""
+    return [name for name in verbs if "." not in name]
 
 
 def parse(prog: str, verb: Verb, arguments: Sequence[str]) -> Callable[[], int | None]:
@@ -121,8 +133,8 @@ def _dispatch(words: list[str], verbs: Verbs) -> int:
         case ["--version", *_]:
             print(f"clipdit {importlib.metadata.version('clipdit')}")
             return DONE
-        case [name, *_] if name not in verbs:
-            raise UsageError(f"{name} is no verb; there are {', '.join(verbs)}")
+        case [name, *_] if name not in (known := names_of(verbs)):
+            raise UsageError(f"{name} is no verb; there are {', '.join(known)}")
     name, *rest = words
     prog = f"clipdit {name}"
     nested = load_verb(verbs, name)
@@ -150,7 +162,7 @@ def _run(prog: str, verb: Verb, arguments: list[str]) -> int:
 
 def _overview(verbs: Verbs) -> str:
     about = importlib.metadata.metadata("clipdit")["Summary"]
-    summaries = {label: summary for name in verbs for label, summary in _summaries(verbs, name).items()}
+    summaries = {label: summary for name in names_of(verbs) for label, summary in _summaries(verbs, name).items()}
     options = {"--traceback": "before the verb: show where an error came from", "--version": "print the version"}
     return "\n".join(
         [

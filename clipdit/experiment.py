@@ -15,7 +15,7 @@ from clipdit.data.layouts import Direction
 from clipdit.diffusion import DDPM
 from clipdit.files import write_atomically
 from clipdit.flow import FlowMatching
-from clipdit.model.dit import SIZES, Conditioning, DiT, Norm, Positions
+from clipdit.model.dit import MLP, SIZES, Conditioning, DiT, Norm, Positions
 from clipdit.train.autoencoder import AutoencoderSettings, DecoderSettings
 from clipdit.train.clip import ClipSettings
 from clipdit.train.loop import TrainSettings
@@ -56,6 +56,8 @@ class ModelSettings:
     """Latent cells in a token, along one side: 1, 2 or 4."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over D."""
+    mlp: MLP = "gelu"
+    """gelu is DiT's; swiglu has a gate, and at ratio 2.667 as many parameters as gelu at 4."""
     conditioning: Conditioning = "both"
     """How the source reaches the DiT: clip (the paper's way), concat (its latent), or both."""
     cross_attention_every: int = 1

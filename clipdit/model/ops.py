@@ -208,10 +208,9 @@ class Ops:
     norm_modulate: Callable[..., Rows] = norm_modulate
     gate_residual_norm_modulate: Callable[..., tuple[Rows, Rows]] = gate_residual_norm_modulate
     gelu_mlp: Callable[..., Rows] = gelu_mlp
+    swiglu_mlp: Callable[..., Rows] = swiglu_mlp
     attention: Callable[..., Rows] = attention
     qkv_attention: Callable[..., Rows] = qkv_attention
-    patchify: Callable[..., Rows] = patchify
-    unpatchify: Callable[..., Tensor] = unpatchify
     end_block: Callable[..., tuple[Rows, Rows]] | None = None
     """`gate_residual_norm_modulate` to what comes behind a block, where that wants its rows otherwise; None is the same."""
 

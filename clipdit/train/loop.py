@@ -67,6 +67,8 @@ class TrainSettings:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """torch.compile the network: minutes at the start, then faster steps."""
+    fused: bool = False
+    """Fused Triton kernels for the operations that have gradients; on NVIDIA GPUs, see docs/kernels.md."""
     seed: int = 0
     """Of the order of examples, all noise, and the initial weights."""
     log_every: int = 20

@@ -4,7 +4,9 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import cast
 
 import torch
 from tqdm.auto import tqdm
@@ -30,6 +32,7 @@ from clipdit.losses import PerceptualLoss
 from clipdit.model.autoencoder import VAE, Autoencoder, is_of_decoder, load_vae
 from clipdit.model.clip import ClipImageEncoder, load_clip
 from clipdit.model.dit import DiT
+from clipdit.model.ops import Ops
 from clipdit.pipeline import ClipDiTPipeline, load_checkpoint
 from clipdit.presets import PRESETS
 from clipdit.train import card
@@ -61,6 +64,8 @@ def run(
     plain["data"] = {"layout": found.layout, "pairs": len(pairs), "pairs_sha256": names[:16]}
     size = (experiment.pairs.size, experiment.pairs.size)
     batch, seed = experiment.train.batch_size, experiment.train.seed
+    if experiment.train.fused and not isinstance(experiment, TranslationExperiment):
+        raise ValueError(f"train.fused is for presets that train a DiT, and {preset} trains none; leave it out")
     match experiment:
         case TranslationExperiment():
             kind, task = card.TRANSLATOR, translation_task(experiment, pairs, val, out)
@@ -162,6 +167,24 @@ def begin_from(checkpoint: str, dit: DiT, vae: VAE, encoder: CLIPVisionModelWith
     dit.load_state_dict(given.transformer.state_dict())
 
 
+TRAINING_OPERATIONS = "clipdit.training_operations"
+"""Entry points: functions (device) -> Ops with gradients."""
+
+
+def fused_operations(device: torch.device) -> Ops:
+    """What --train.fused computes with. ValueError where there are none, or they do not run on this device."""
+    for entry in entry_points(group=TRAINING_OPERATIONS):
+        try:
+            return entry.load()(device)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"train.fused needs the Python package {error.name}, which is not installed; install the extra kernels"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"train.fused: {error}") from error
+    raise ValueError("train.fused needs fused operations, and this installation has none")
+
+
 def translation_task(experiment: TranslationExperiment, pairs: Sequence[Pair], val: Sequence[Pair], out: Path) -> TranslationTask:
     """Load the VAE and CLIP, make the DiT, and fill the cache or find it filled. `val` is for sample sheets.
 
@@ -186,8 +209,9 @@ def translation_task(experiment: TranslationExperiment, pairs: Sequence[Pair], v
         begin_from(locate(experiment.init), dit, vae, encoder if reads_clip else None)
     if settings.gradient_checkpointing:
         dit.enable_gradient_checkpointing()
-
-    device = processes().device
+    device = cast(torch.device, processes().device)
+    if settings.fused:
+        dit.use(fused_operations(device))
     bare.to(device)
     if clip is not None:
         clip.to(device)

@@ -2,9 +2,8 @@
 
     norm.py        residual + gate * branch, LayerNorm or RMSNorm, modulate; forward and backward
     attention.py   self-attention from the packed projection (QK-norm, rotary positions), and cross-attention
-    mlp.py         linear + bias + GELU in one product
+    mlp.py         linear + bias + GELU in one product, and SwiGLU
     solver.py      guidance and a row of the sampling table in one pass
-    patches.py     latent to tokens and back
     int8.py        W8A8 products, and quantisation within what produces their input
     fused.py       the twins under the names and signatures of the plain operations: what `DiT.use` takes
     backend.py     the backend "triton": the fused operations, and on a GPU the whole loop as one CUDA graph

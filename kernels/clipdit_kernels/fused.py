@@ -4,6 +4,7 @@ Each raises `Unsupported`, a ValueError that names the argument, for what its ke
 
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from clipdit.model.ops import PLAIN, Ops, PerImage, Rows
 from clipdit_kernels import attention as attentions
 from clipdit_kernels import mlp, solver
 from clipdit_kernels import norm as norms
-from clipdit_kernels.launch import not_multiplied, require_no_gradient
+from clipdit_kernels.launch import not_multiplied, require_no_gradient, why_not_here
 
 
 def norm_modulate(x: Rows, shift: PerImage | None, scale: PerImage | None, *, norm: str = "layer", eps: float = 1e-6) -> Rows:
@@ -75,12 +76,20 @@ FUSED = Ops(
     norm_modulate=norm_modulate,
     gate_residual_norm_modulate=gate_residual_norm_modulate,
     gelu_mlp=gelu_mlp,
+    swiglu_mlp=swiglu_mlp,
     attention=attention,
     qkv_attention=qkv_attention,
 )
 """For sampling."""
 TRAINING = Ops(norm_modulate=norm_modulate, gate_residual_norm_modulate=gate_residual_norm_modulate)
 """Those that have gradients."""
+
+
+def for_training(device: torch.device) -> Ops:
+    """What `clipdit train --train.fused` computes with. ValueError for a device that kernels do not run on."""
+    if (reason := why_not_here(device, instead="leave it out")) is not None:
+        raise ValueError(reason)
+    return TRAINING
 
 
 def fused_for(dit: DiT) -> tuple[Ops, dict[str, str]]:
@@ -91,7 +100,8 @@ def fused_for(dit: DiT) -> tuple[Ops, dict[str, str]]:
     head = config["width"] // config["heads"]
     low, high = attentions.HEAD_WIDTHS
     if (reason := not_multiplied(dit.dtype)) is not None:
-        left |= dict.fromkeys(("gelu_mlp", "attention", "qkv_attention"), f"the model {reason}")
+        mlp_kind = f"{config['mlp']}_mlp"
+        left |= dict.fromkeys((mlp_kind, "attention", "qkv_attention"), f"the model {reason}")
     if not low <= head <= high:
         left |= dict.fromkeys(("attention", "qkv_attention"), f"a head is {head} wide; the kernel takes {low} to {high}")
     if config["width"] > norms.WIDEST:

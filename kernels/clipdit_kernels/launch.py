@@ -19,13 +19,13 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def why_not_here(device: torch.device) -> str | None:
+def why_not_here(device: torch.device, *, instead: str = "use the eager backend there") -> str | None:
     """Why no kernel can run on this device, in a line that ends in what to do; None when they can."""
     if device.type == "cuda":
         return "TRITON_INTERPRET is set, and an interpreted kernel cannot reach a GPU; unset it" if interpreted() else None
     if device.type == "cpu" and interpreted():
         return None
-    return f"fused kernels run on NVIDIA GPUs, not on {device.type}; use the eager backend there"
+    return f"fused kernels run on NVIDIA GPUs, not on {device.type}; {instead}"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

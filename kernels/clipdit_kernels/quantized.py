@@ -59,6 +59,8 @@ class QuantizedLinear(nn.Module):
 
 def why_not(dit: DiT) -> str | None:
     """Why this model cannot run in 8 bits, in a line; None when it can."""
+    if dit.config["mlp"] != "gelu":
+        return f"its MLP is {dit.config['mlp']}; int8 has kernels for gelu alone. Use bf16"
     hidden = int(dit.config["width"] * dit.config["mlp_ratio"])
     for name, width in (("the model", dit.config["width"]), ("its MLP", hidden)):
         if width % GROUP:

@@ -81,12 +81,13 @@ def test_sizes_are_those_of_the_dit_paper(name: str):
 
 
 def test_a_model_is_made_as_its_settings_say():
-    dit = ModelSettings(width=32, depth=3, heads=2, patch=1, conditioning="clip", cross_attention_every=2).make(
+    dit = ModelSettings(width=32, depth=3, heads=2, patch=1, conditioning="clip", cross_attention_every=2, mlp="swiglu").make(
         latent_channels=5, clip_token_width=7, clip_embedding_width=9
     )
     assert len(dit.blocks) == 3
     assert [block.cross is not None for block in dit.blocks] == [True, False, True]
     assert dit.latent_in.in_features == 5
+    assert dit.blocks[0].fc1.out_features == 2 * 128 and dit.config["mlp"] == "swiglu"
     assert dict(dit.config)["clip_token_width"] == 7 and dict(dit.config)["clip_embedding_width"] == 9
 
 

@@ -19,7 +19,14 @@ from clipdit_export.precision.recipe import default_recipe
 
 
 def pipeline(
-    *, channels: int, patch: int, side: int, vae: object, conditioning: str = "both", objective: Objective | None = None
+    *,
+    channels: int,
+    patch: int,
+    side: int,
+    vae: object,
+    conditioning: str = "both",
+    objective: Objective | None = None,
+    **changes,
 ) -> ClipDiTPipeline:
     """Random networks of other shapes than those of the other tests."""
     tiny = tiny_pipeline(conditioning=conditioning, objective=objective)  # pyright: ignore[reportArgumentType]
@@ -34,6 +41,7 @@ def pipeline(
             conditioning=conditioning,  # pyright: ignore[reportArgumentType]
             clip_token_width=24,
             clip_embedding_width=16,
+            **changes,
         )
         for parameter in dit.parameters():
             if not parameter.any():
@@ -66,6 +74,7 @@ CASES = {
     "noise prediction, CLIP alone": lambda: pipeline(
         channels=8, patch=2, side=32, vae=tiny_autoencoder(), conditioning="clip", objective=DDPM()
     ),
+    "a gated MLP, RMSNorm": lambda: pipeline(channels=8, patch=2, side=32, vae=tiny_autoencoder(), mlp="swiglu", norm="rms"),
 }
 
 

@@ -63,17 +63,17 @@ def test_help_answers_within_two_cpu_seconds_and_without_torch():
 def test_help_lists_every_verb_with_its_summary(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["--help"]) == cli.DONE
     lines = capsys.readouterr().out.splitlines()
-    for words in itertools.chain.from_iterable(map(spellings, cli.installed_verbs())):
+    for words in itertools.chain.from_iterable(map(spellings, cli.names_of(cli.installed_verbs()))):
         (line,) = [line for line in lines if line.startswith(f"  {' '.join(words)}  ")]
         assert len(line.split()) > len(words) + 2
 
 
 def test_every_verb_of_the_promise_is_there():
-    names = {" ".join(words) for name in cli.installed_verbs() for words in spellings(name)}
+    names = {" ".join(words) for name in cli.names_of(cli.installed_verbs()) for words in spellings(name)}
     assert names >= {"data emoji", "data check", "train", "evaluate", "translate", "verify", "bench training", "demo"}
 
 
-@pytest.mark.parametrize("name", cli.installed_verbs())
+@pytest.mark.parametrize("name", cli.names_of(cli.installed_verbs()))
 def test_every_verb_has_help_and_a_json_option(name: str, capsys: pytest.CaptureFixture[str]):
     for words in spellings(name):
         assert cli.main([*words, "--help"]) == cli.DONE
@@ -82,7 +82,7 @@ def test_every_verb_has_help_and_a_json_option(name: str, capsys: pytest.Capture
         assert "--json" in text
 
 
-@pytest.mark.parametrize("name", cli.installed_verbs())
+@pytest.mark.parametrize("name", cli.names_of(cli.installed_verbs()))
 def test_an_unknown_option_of_any_verb_is_one_line_and_exit_code_2(name: str, capfd: pytest.CaptureFixture[str]):
     for words in spellings(name):
         assert cli.main([*words, "--no-such-option", "1"]) == cli.WRONG_INPUT
@@ -148,6 +148,17 @@ def test_traceback_option_shows_where_an_error_came_from(capsys: pytest.CaptureF
 def test_nested_verbs_and_the_one_without_a_name(capsys: pytest.CaptureFixture[str]):
     assert run("twin", "one", "--source", "3") == 3
     assert run("twin", "--two", "4") == 4
+
+
+def test_an_entry_point_with_a_dot_adds_to_the_verb_before_it(capsys: pytest.CaptureFixture[str]):
+    verbs = {"twin": lambda: {"one": fake, "": plain_twin}, "twin.two": lambda: fake}
+    assert cli.main(["twin", "two", "--source", "3"], verbs=verbs) == 3
+    assert cli.main(["twin", "--two", "4"], verbs=verbs) == 4
+    assert cli.main(["--help"], verbs=verbs) == cli.DONE
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  twin two  ")]
+    assert line.endswith("  Do what the source says.")
+    assert cli.main(["twin.two"], verbs=verbs) == cli.WRONG_INPUT
+    assert capsys.readouterr().err == "clipdit: twin.two is no verb; there are twin\n"
 
 
 def test_a_verb_may_read_its_own_arguments(capsys: pytest.CaptureFixture[str]):

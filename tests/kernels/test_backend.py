@@ -13,7 +13,6 @@ from clipdit.model.ops import PLAIN
 from clipdit.pipeline import save_checkpoint
 from clipdit.sampling import flow_table, guide, sample, seeded_noise
 from clipdit.testing import tiny_checkpoint, tiny_pipeline
-from clipdit.torch_backend import EagerBackend
 from clipdit_kernels import backend as module
 from clipdit_kernels import launch
 from clipdit_kernels.backend import TritonBackend
@@ -22,11 +21,11 @@ from clipdit_kernels.fused import FUSED, fused_for
 STEPS, GUIDANCE = 3, 4.0
 
 
-def awake(size: str, depth: int, dtype: torch.dtype) -> DiT:
+def awake(size: str, depth: int, dtype: torch.dtype, **changes) -> DiT:
     """Blocks of a published width; nothing is zero."""
     torch.manual_seed(0)
     width, _, heads = SIZES[size]
-    dit = DiT(latent_channels=4, width=width, depth=depth, heads=heads, clip_token_width=24, clip_embedding_width=16)
+    dit = DiT(latent_channels=4, width=width, depth=depth, heads=heads, clip_token_width=24, clip_embedding_width=16, **changes)
     for parameter in dit.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -46,9 +45,17 @@ def sampled(dit: DiT, condition: Condition) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "size, depth, dtype", [("S", 2, torch.float32), ("S", 2, torch.bfloat16), ("B", 1, torch.float32), ("XL", 1, torch.float32)]
+    "size, depth, dtype, changes",
+    [
+        ("S", 2, torch.float32, {}),
+        ("S", 2, torch.bfloat16, {}),
+        ("S", 1, torch.float32, {"mlp": "swiglu", "mlp_ratio": 8 / 3, "norm": "rms"}),
+        ("S", 1, torch.float32, {"conditioning": "concat", "qk_norm": False, "positions": "sincos"}),
+        ("B", 1, torch.float32, {}),
+        ("XL", 1, torch.float32, {}),
+    ],
 )
-def test_a_sampler_over_fused_operations_is_the_plain_one_in_float64(size: str, depth: int, dtype: torch.dtype):
+def test_a_sampler_over_fused_operations_is_the_plain_one_in_float64(size: str, depth: int, dtype: torch.dtype, changes: dict):
     """In the type it is sampled in, at most 1.25 times as far from float64 as the plain operations, and a floor for each step."""
     torch.manual_seed(1)
     condition = Condition(
@@ -56,7 +63,7 @@ def test_a_sampler_over_fused_operations_is_the_plain_one_in_float64(size: str, 
         pooled=torch.randn(1, 16, device=DEVICE),
         latent=torch.randn(1, 4, 8, 4, device=DEVICE),
     )
-    dit = awake(size, depth, dtype)
+    dit = awake(size, depth, dtype, **changes)
     wanted = sampled(copy.deepcopy(dit).double(), condition.map(lambda tensor: tensor.double()))
     plain = sampled(dit, condition)
     dit.use(fused_for(dit)[0])
@@ -67,81 +74,10 @@ def test_a_sampler_over_fused_operations_is_the_plain_one_in_float64(size: str, 
     assert not torch.equal(fused, plain)  # another order of sums: something else ran
 
 
-class Recorded(TritonBackend):
-    """Recording stands in for a CUDA graph: it runs again on the memory it was given, and writes where its result lay."""
-
-    def __init__(self, pipeline):
-        super().__init__(pipeline)
-        self.limits = copy.copy(self.limits)
-        self._captures = True
-        self.recorded = self.replayed = 0
-
-    def _record(self, run):
-        result = run()
-        self.recorded += 1
-
-        def replay():
-            self.replayed += 1
-            result.copy_(run())
-
-        return replay, result
-
-
-@pytest.fixture
-def recorded(monkeypatch) -> Recorded:
-    pipeline = tiny_pipeline()
-    monkeypatch.setattr(module.fused, "fused_for", lambda dit: (PLAIN, {}))  # how kernels compute is tested elsewhere
-    return Recorded(pipeline)
-
-
 def given(seed: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return seeded_noise(range(seed, seed + batch), (4, 8, 8)), images
-
-
-def eager(noise, images, table, guidance) -> torch.Tensor:
-    backend = EagerBackend(tiny_pipeline())
-    return backend.sample(noise, backend.encode(images), table, guidance=guidance)
-
-
-@torch.inference_mode()
-def test_a_loop_is_captured_at_its_second_call_and_replayed_from_then_on(recorded: Recorded):
-    for i, guidance in enumerate([2.0, 2.0, 2.0, 2.0]):
-        noise, images = given(i)  # each replay reads its own noise and its own source
-        result = recorded.sample(noise, recorded.encode(images), flow_table(3), guidance=guidance)
-        torch.testing.assert_close(result, eager(noise, images, flow_table(3), guidance), rtol=1e-4, atol=1e-4)
-    assert (recorded.recorded, recorded.replayed) == (1, 3)
-
-
-@torch.inference_mode()
-def test_what_a_replay_returned_is_not_overwritten_by_the_next(recorded: Recorded):
-    results = []
-    for i in range(4):
-        noise, images = given(i)
-        results.append(recorded.sample(noise, recorded.encode(images), flow_table(2)))
-    kept = [result.clone() for result in results[:3]]
-    assert all(torch.equal(a, b) for a, b in zip(results, kept, strict=False)) and not torch.equal(results[2], results[3])
-
-
-@torch.inference_mode()
-def test_every_shape_table_and_guidance_has_its_own_and_the_oldest_goes(recorded: Recorded):
-    kinds = [(batch, steps, guidance) for batch in (1, 2) for steps in (1, 2, 3) for guidance in (1.0, 2.0)]
-    for batch, steps, guidance in kinds:
-        for _ in range(2):
-            noise, images = given(0, batch)
-            result = recorded.sample(noise, recorded.encode(images), flow_table(steps), guidance=guidance)
-            torch.testing.assert_close(result, eager(noise, images, flow_table(steps), guidance), rtol=1e-4, atol=1e-4)
-    assert recorded.recorded == len(kinds) and len(recorded._graphs) == module.GRAPHS
-
-
-@torch.inference_mode()
-def test_a_closed_backend_says_so(recorded: Recorded):
-    noise, images = given(0)
-    condition = recorded.encode(images)
-    recorded.close()
-    with pytest.raises(RuntimeError, match="the triton backend is closed"):
-        recorded.sample(noise, condition, flow_table(2))
 
 
 def test_without_a_gpu_it_says_what_to_do(tmp_path, monkeypatch):

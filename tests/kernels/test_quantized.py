@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from guarded import DEVICE
+from guarded import DEVICE, FINEST
 
 from clipdit.backend import Condition
 from clipdit.model.dit import DiT
@@ -20,14 +20,14 @@ def model(**changes) -> DiT:
     for parameter in dit.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
-    return dit.to(DEVICE).eval()
+    return dit.to(DEVICE, FINEST).eval()
 
 
 def given() -> tuple[torch.Tensor, torch.Tensor, Condition]:
     generator = torch.Generator().manual_seed(1)
     shapes = {"tokens": (2, 5, 24), "pooled": (2, 16), "latent": (2, 4, 4, 4)}
-    condition = Condition(**{name: torch.randn(shape, generator=generator).to(DEVICE) for name, shape in shapes.items()})
-    x = torch.randn(2, 4, 4, 4, generator=generator).to(DEVICE)
+    condition = Condition(**{name: torch.randn(shape, generator=generator).to(DEVICE, FINEST) for name, shape in shapes.items()})
+    x = torch.randn(2, 4, 4, 4, generator=generator).to(DEVICE, FINEST)
     return x, torch.tensor([0.2, 0.7], device=DEVICE), condition
 
 
@@ -56,6 +56,11 @@ def test_what_multiplies_in_8_bits_is_what_the_docs_say():
     assert layers == {f"blocks.{i}.{name}" for i in range(2) for name in ("qkv", "fc1", "fc2", "cross.q")}
     assert isinstance(dit.latent_out, torch.nn.Linear) and isinstance(dit.blocks[0].out, torch.nn.Linear)
     assert dit.blocks[0].qkv.numbers.dtype == torch.int8
+
+
+def test_a_model_with_a_gate_is_refused():
+    with pytest.raises(ValueError, match=r"its MLP is swiglu; int8 has kernels for gelu alone\. Use bf16"):
+        quantize(model(mlp="swiglu"), PLAIN, PLAIN_INT8)
 
 
 @pytest.mark.parametrize("changes, said", [({"width": 96}, "the model is 96 wide"), ({"mlp_ratio": 1.5}, "its MLP is 192 wide")])
