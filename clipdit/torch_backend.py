@@ -191,7 +191,7 @@ class EagerBackend:
 
     def _advance(self, x: Latent, modulation: Modulation, context: Context) -> Latent:
         assert self._step is not None
-        positions = self._positions_of(*x.shape[-2:], x.device)
+        positions = self._positions_of(x.shape[-2], x.shape[-1], x.device)
         return self._step(x.to(self._pipeline.transformer.dtype), modulation, context, positions).to(x.dtype)
 
     def _positions_of(self, height: int, width: int, device: torch.device) -> tuple[Tensor, ...]:

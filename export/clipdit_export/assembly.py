@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 from clipdit.pipeline import ClipDiTPipeline
 from clipdit_export.audit import WrongPrecision, audit_graph, check, expected_share, wanted_of
 from clipdit_export.backends.opening import open_variant, runs_here
-from clipdit_export.backends.openvino import computes_bf16
 from clipdit_export.bundle import Bundle
 from clipdit_export.cache_key import export_versions
 from clipdit_export.engines.build import NOTE, add_engines
@@ -38,6 +37,7 @@ from clipdit_export.precision.modelopt import MODES, apply_modelopt
 from clipdit_export.precision.quantize import candidates
 from clipdit_export.precision.recipe import Recipe, default_recipe
 from clipdit_export.precision.search import demote, sensitivities
+from clipdit_export.processor import computes_bf16, doubt
 from clipdit_export.quality.gate import choose, why_not_good
 from clipdit_export.quality.measure import Judge, as_reference, measure_speed
 from clipdit_export.quality.trajectory import record
@@ -263,7 +263,10 @@ class Assembly:
         logger.info("timing %d variants in turns", len(quality))
         speed = measure_speed(bundle, list(quality), self.pictures.sources, seconds=SECONDS)
         targets = {name: variant.target for name, variant in self.variants.items()}
-        ladder, reasons = choose(quality, speed, targets, REFERENCE, self.order.budget)
+        doubts = {name: reason for name, variant in self.variants.items() if (reason := doubt(variant)) is not None}
+        trusted = {name: found for name, found in quality.items() if name not in doubts}
+        ladder, reasons = choose(trusted, speed, targets, REFERENCE, self.order.budget)
+        reasons |= doubts
         reasons |= {name: cannot.get(name, NOT_RUN) for name in self.variants if name not in quality}
         measured = {
             name: variant.model_copy(

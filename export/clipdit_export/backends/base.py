@@ -4,6 +4,7 @@ What depends on the source alone (the conditioner's outputs) is computed at the 
 long as the caller keeps that condition; modulation is computed for all rows of a table before the loop.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, Self
@@ -18,6 +19,9 @@ from clipdit.shapes import ImageU8, Latent, Time
 from clipdit_export.bundle import Bundle, open_bundle
 from clipdit_export.manifest import MANIFEST_FILE, Audit, Target, Variant
 from clipdit_export.names import name_of, size_of, whole_name
+from clipdit_export.processor import doubt
+
+logger = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 Graph = Callable[[Tensors], Tensors]
@@ -113,18 +117,22 @@ class BundleBackend:
             raise ValueError(f"{variant} cannot be opened: {reason}")
         if not known or (variant is not None and variant not in known):
             raise ValueError(f"{folder} holds no variant {variant} for the {cls.name} backend; there are {', '.join(known)}")
-        return cls(bundle, variant or known[0], device=device or torch.device(cls.device_type))
+        chosen = variant or known[0]
+        if (reason := doubt(bundle.manifest.variants[chosen])) is not None:
+            logger.warning("%s: %s", chosen, reason)
+        return cls(bundle, chosen, device=device or torch.device(cls.device_type))
 
     @classmethod
     def variants(cls, folder: Path) -> list[str]:
-        """Those of a bundle that this runtime opens, the best first."""
+        """Those of a bundle that this runtime opens, the best first, and last what this machine computes worse than others do."""
         return cls._known(open_bundle(folder))
 
     @classmethod
     def _known(cls, bundle: Bundle) -> list[str]:
         ranked = [*bundle.manifest.ladder, *bundle.manifest.variants]
         variants = {name: bundle.manifest.variants[name] for name in ranked}
-        return [name for name, variant in variants.items() if variant.target == cls.target and cls.unfit(variant) is None]
+        fit = [name for name, variant in variants.items() if variant.target == cls.target and cls.unfit(variant) is None]
+        return sorted(fit, key=lambda name: doubt(variants[name]) is not None)  # those last; otherwise as they were
 
     def encode(self, source_u8: ImageU8) -> Condition:
         self._check_open()

@@ -83,9 +83,3 @@ class _Graph:
                 self._by_batch.popitem(last=False)
         self._by_batch.move_to_end(batch)
         return self._by_batch[batch]
-
-
-def computes_bf16() -> bool:
-    """Whether this CPU multiplies in bfloat16 (AMX or AVX512-BF16): elsewhere OpenVINO would only imitate it."""
-    flags = Path("/proc/cpuinfo")
-    return flags.exists() and any(flag in flags.read_text() for flag in ("amx_bf16", "avx512_bf16"))

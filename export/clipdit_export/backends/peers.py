@@ -20,7 +20,7 @@ from clipdit.sampling import SamplingTable
 from clipdit.shapes import ImageU8, Latent, Time
 from clipdit.torch_backend import EagerBackend, checkpoint_fingerprint
 from clipdit_export.backends.base import Graph, Tensors
-from clipdit_export.backends.openvino import computes_bf16
+from clipdit_export.processor import computes_bf16
 from clipdit_export.sessions import open_session
 
 PARTS = ("image_encoder", "vae_encoder", "vae_decoder")

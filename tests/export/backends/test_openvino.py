@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from clipdit.translator import Translator
-from clipdit_export.backends.openvino import BATCHES_KEPT, OpenVinoBackend, computes_bf16
+from clipdit_export.backends.openvino import BATCHES_KEPT, OpenVinoBackend
 from clipdit_export.build import build
 from clipdit_export.order import Order
 from clipdit_export.precision.recipe import default_recipe
+from clipdit_export.processor import computes_bf16
 
 pytestmark = pytest.mark.skipif(OpenVinoBackend.missing() is not None, reason=OpenVinoBackend.missing() or "")
 
