@@ -77,6 +77,8 @@ class InProcessEngine:
         self._running: list[_Job] = []
         self._admitted = 0
         self._draining = self._closing = self._warm = False
+        self.failure: BaseException | None = None
+        """What the model's thread died of."""
         self._model_info: ModelInfo | None = None
         self._max_batch = settings.max_batch
         self._on_batch: Callable[[BatchReport], None] = lambda report: None
@@ -121,6 +123,10 @@ class InProcessEngine:
             with self._changed:
                 self._queue.pop(id(job), None)
             raise
+
+    @property
+    def idle(self) -> bool:
+        return self._admitted == 0
 
     def drain(self) -> None:
         self._draining = True
@@ -173,7 +179,9 @@ class InProcessEngine:
                 self._answer(model, jobs)
                 self._running = []
         except BaseException as error:  # whatever it was, callers are waiting
-            logger.critical("the model's thread died: %s", error or type(error).__name__, exc_info=error)
+            self.failure = error
+            if self._warm or not isinstance(error, ValueError | OSError):  # those a user causes; whoever started us says them
+                logger.critical("the model's thread died: %s", error or type(error).__name__, exc_info=error)
         finally:
             if model is not None:
                 model.backend.close()
@@ -191,19 +199,22 @@ class InProcessEngine:
         )
 
     def _warm_up(self, model: Model) -> None:
-        """Every size and every number of images that a later call could be the first of, as far as they are known; the smallest
-        batch of each twice, because a first call says little about time."""
+        """Every size and, where batches are padded, every number of images that a later call could be the first of."""
         limits, size = model.backend.limits, self._settings.size
-        chosen = limits.sizes if size == "nearest" else [size] if isinstance(size, tuple) else None
-        numbers = sorted(
-            {self._padded(n, limits.device.type) for n in range(1, self._max_batch + 1)}
-            if self._pads(limits.device.type)
-            else {1, self._max_batch}
-        )
-        for height, width in chosen or [limits.native_size]:
-            for number in [numbers[0], *numbers]:
-                images = torch.zeros((number, 3, height, width), dtype=torch.uint8)
-                self._timed(model, images, [0] * number, model.settings())
+        sizes = limits.sizes if size == "nearest" else [size] if isinstance(size, tuple) else None
+        most = self._max_batch if self._pads(limits.device.type) else 1
+        numbers = {self._padded(n, limits.device.type) for n in range(1, most + 1)}
+        calls = [(n, *size) for size in sizes or [limits.native_size] for n in sorted(numbers)]
+
+        def call(number: int, height: int, width: int) -> None:
+            images = torch.zeros((number, 3, height, width), dtype=torch.uint8)
+            self._timed(model, images, [0] * number, model.settings())
+
+        for sizes_of_call in calls:
+            call(*sizes_of_call)
+        self._pace.forget()  # a first call says little about time
+        call(*calls[0])
+        call(*calls[-1])
 
     def _pads(self, device: str) -> bool:
         wanted = self._settings.pad_batches

@@ -110,6 +110,11 @@ class Engine(Protocol):
         """Within `admit`. When the awaiting task is cancelled, an image that is not in the model yet never gets there."""
         ...
 
+    @property
+    def idle(self) -> bool:
+        """Whether nobody who was admitted waits for an answer."""
+        ...
+
     def drain(self) -> None:
         """Admit nobody from now on; who was admitted is answered."""
         ...

@@ -43,6 +43,12 @@ class Pace:
             self._running = None
             return seconds
 
+    def forget(self) -> None:
+        """The times of all batches so far say nothing."""
+        with self._lock:
+            self._seconds.clear()
+            self._rates.clear()
+
     def abandon(self) -> None:
         """It failed: its time says nothing."""
         with self._lock:

@@ -21,6 +21,9 @@ T = TypeVar("T")
 SEEDS = 2**32
 """Seeds are drawn below this: JavaScript keeps every digit of them."""
 
+PNG_EFFORT = 1
+"""zlib's level: a caller waits for this, and the usual 6 takes longer than all else around the model."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
@@ -100,16 +103,17 @@ class Service:
             upload = await self.decoder.decode(image, self._model().limits)
             decode_s = time.perf_counter() - began
             answer = await self.engine.translate(Task(image=upload.image, seed=seed, steps=ask.steps, guidance=ask.guidance))
-        began = time.perf_counter()
+            began = time.perf_counter()
 
-        def encode() -> tuple[bytes, int, int]:
-            restored = upload.placement.restore(answer.image)
-            return encode_image(restored, ask.format.upper(), quality=ask.quality), restored.shape[2], restored.shape[1]
+            def encode() -> tuple[bytes, int, int]:
+                restored = upload.placement.restore(answer.image)
+                data = encode_image(restored, ask.format.upper(), quality=ask.quality, effort=PNG_EFFORT)
+                return data, restored.shape[2], restored.shape[1]
 
-        try:
-            data, width, height = await asyncio.to_thread(encode)
-        except OSError as error:  # the longest side that a format can have, mostly
-            raise ApiError("not_acceptable", f"the result cannot be encoded as {ask.format}: {error}; ask for png") from error
+            try:
+                data, width, height = await asyncio.to_thread(encode)
+            except OSError as error:  # the longest side that a format can have, mostly
+                raise ApiError("not_acceptable", f"the result cannot be encoded as {ask.format}: {error}; ask for png") from error
         return Picture(
             data=data,
             format=ask.format,

@@ -25,8 +25,8 @@ class ServeSettings:
     max_wait_ms: float = 5.0
     """How long the first image of a batch waits for others, milliseconds; 0 takes what is there."""
     pad_batches: bool | None = None
-    """Bring every batch to a power of two by repeating an image. None: on CUDA, where each number of images is a graph or a choice of
-    kernels of its own."""
+    """Bring every batch to a power of two by repeating an image. None: on CUDA, where each number of images is a
+    graph or a choice of kernels of its own."""
     queue: int = 64
     """Requests that may wait beside the batch that runs."""
     timeout_s: float = 60.0
