@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, Unpack
+from typing import Any, Protocol
 
 import torch
 
 from clipdit.backend import Backend, SamplingDefaults
 from clipdit.shapes import ImageU8
-from clipdit.translator import Sampling
 from clipdit_serve.engine import Answer, BatchReport, Health, ModelInfo, State, Task
 from clipdit_serve.errors import ApiError
 from clipdit_serve.pace import Pace, whole_seconds
@@ -45,9 +44,9 @@ class Model(Protocol):
     @property
     def backend(self) -> Backend: ...
 
-    def settings(self, **sampling: Unpack[Sampling]) -> SamplingDefaults: ...
+    def settings(self, **sampling: Any) -> SamplingDefaults: ...
 
-    def __call__(self, source_u8: ImageU8, *, seeds: Sequence[int], **sampling: Unpack[Sampling]) -> ImageU8: ...
+    def __call__(self, source_u8: ImageU8, *, seeds: Sequence[int], **sampling: Any) -> ImageU8: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

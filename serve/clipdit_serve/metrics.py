@@ -27,26 +27,26 @@ class Metrics:
 
     def __init__(self, waiting: Callable[[], int]):
         self.registry = CollectorRegistry()
-        only = {"registry": self.registry}
-        self._requests = Counter("clipdit_requests", "Requests answered", ["route", "code"], **only)
-        self._seconds = Histogram("clipdit_request_seconds", "From head to answer", ["route"], buckets=SECONDS, **only)
-        self._wait = Histogram("clipdit_queue_wait_seconds", "In the queue", buckets=SECONDS, **only)
-        self._batch = Histogram("clipdit_batch_size", "Images in a batch, padding left out", buckets=IMAGES, **only)
-        self._model = Histogram("clipdit_model_seconds", "Of a batch in the model", buckets=SECONDS, **only)
-        self._rejected = Counter("clipdit_rejected", "Requests that could not be served", ["reason"], **only)
-        self._bad_input = Counter("clipdit_bad_input", "Uploads that are no image to us", ["reason"], **only)
-        self._cancelled = Counter("clipdit_cancelled", "Callers who left before the answer", **only)
-        self._info = Info("clipdit_model", "What is served", **only)
-        Gauge("clipdit_queue_depth", "Requests that wait for a batch", **only).set_function(waiting)
+        registry = self.registry
+        self._requests = Counter("clipdit_requests", "Requests answered", ["route", "code"], registry=registry)
+        self._seconds = Histogram("clipdit_request_seconds", "From head to answer", ["route"], buckets=SECONDS, registry=registry)
+        self._wait = Histogram("clipdit_queue_wait_seconds", "In the queue", buckets=SECONDS, registry=registry)
+        self._batch = Histogram("clipdit_batch_size", "Images in a batch, padding left out", buckets=IMAGES, registry=registry)
+        self._model = Histogram("clipdit_model_seconds", "Of a batch in the model", buckets=SECONDS, registry=registry)
+        self._rejected = Counter("clipdit_rejected", "Requests that could not be served", ["reason"], registry=registry)
+        self._bad_input = Counter("clipdit_bad_input", "Uploads that are no image to us", ["reason"], registry=registry)
+        self._cancelled = Counter("clipdit_cancelled", "Callers who left before the answer", registry=registry)
+        self._info = Info("clipdit_model", "What is served", registry=registry)
+        Gauge("clipdit_queue_depth", "Requests that wait for a batch", registry=registry).set_function(waiting)
 
     def request(self, route: str, status: int, code: str | None, seconds: float) -> None:
         """One request is over. route: its template, never what the caller sent; code: of its error."""
-        self._requests.labels(route, status).inc()
+        self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
         if code in REFUSALS:
-            self._rejected.labels(code).inc()
+            self._rejected.labels(str(code)).inc()
         elif code in BAD_INPUTS:
-            self._bad_input.labels(code).inc()
+            self._bad_input.labels(str(code)).inc()
         elif code == "client_closed_request":
             self._cancelled.inc()
 
