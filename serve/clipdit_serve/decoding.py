@@ -22,8 +22,8 @@ from pebble import ProcessExpired, ProcessPool
 from torch import Tensor
 
 from clipdit.backend import Limits
-from clipdit.images import ImageError, Placement, decode_image
-from clipdit.translator import fit_within
+from clipdit.images import Fit, ImageError, Placement, decode_image
+from clipdit.translator import Size, fit_within
 from clipdit_serve.errors import IMAGE_FAULTS, ApiError
 from clipdit_serve.settings import FORMATS, ServeSettings
 
@@ -55,8 +55,9 @@ class Decoder(Protocol):
         """Whoever still waits gets an error."""
         ...
 
-    async def decode(self, data: bytes, limits: Limits) -> Upload:
-        """ApiError for what is no image or may not be decoded."""
+    async def decode(self, data: bytes, limits: Limits, size: Size, fit: Fit) -> Upload:
+        """An image for a model of these limits; see `clipdit.translator.fit_within`. ApiError for what is no image or may not be
+        decoded."""
         ...
 
 
@@ -84,8 +85,8 @@ class DecodePool:
             context=context,
         )
 
-    async def decode(self, data: bytes, limits: Limits) -> Upload:
-        work = partial(_decode, data, limits, self._settings)
+    async def decode(self, data: bytes, limits: Limits, size: Size, fit: Fit) -> Upload:
+        work = partial(_decode, data, self._settings, limits, size, fit)
         try:
             pixels, placement, notes = await self._call(work, self._settings.decode_timeout_s)
         except ImageError as error:
@@ -119,11 +120,13 @@ class DecodePool:
             self._pool.join()
 
 
-def _decode(data: bytes, limits: Limits, settings: ServeSettings) -> tuple[np.ndarray, Placement, tuple[str, ...]]:
+def _decode(
+    data: bytes, settings: ServeSettings, limits: Limits, size: Size, fit: Fit
+) -> tuple[np.ndarray, Placement, tuple[str, ...]]:
     """In a process of its own. An array and no tensor: tensors would travel through shared memory, which a kill leaves behind."""
     decoded = decode_image(data, max_pixels=settings.max_pixels, max_side=settings.max_side, formats=FORMATS, animated=False)
     try:
-        image, placement = fit_within(limits, decoded.pixels, settings.size, settings.fit)
+        image, placement = fit_within(limits, decoded.pixels, size, fit)
     except (RuntimeError, MemoryError) as error:  # PyTorch's CPU allocator raises the former
         raise ImageError("needs more memory than there is. Scale it down first", fault="large") from error
     return image.numpy(), placement, decoded.notes

@@ -100,7 +100,7 @@ class Service:
         seed = secrets.randbelow(SEEDS) if ask.seed is None else ask.seed
         with self.engine.admit():
             began = time.perf_counter()
-            upload = await self.decoder.decode(image, self._model().limits)
+            upload = await self.decoder.decode(image, self._model().limits, self.settings.size, self.settings.fit)
             decode_s = time.perf_counter() - began
             answer = await self.engine.translate(Task(image=upload.image, seed=seed, steps=ask.steps, guidance=ask.guidance))
             began = time.perf_counter()
