@@ -66,11 +66,12 @@ class InProcessEngine:
 
     Args:
         open_model: called once, in that thread; may take its time.
+        pace: None is a new one.
     """
 
-    def __init__(self, open_model: Callable[[], Model], settings: ServeSettings):
+    def __init__(self, open_model: Callable[[], Model], settings: ServeSettings, *, pace: Pace | None = None):
         self._open_model, self._settings = open_model, settings
-        self._pace = Pace(hang_s=settings.hang_s)
+        self._pace = pace or Pace(hang_s=settings.hang_s)
         self._changed = threading.Condition()  # guards the queue and the flags below
         self._queue: dict[int, _Job] = {}  # by identity, oldest first: a caller who leaves is found at once
         self._running: list[_Job] = []

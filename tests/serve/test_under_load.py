@@ -76,9 +76,7 @@ async def test_when_100_queued_callers_leave_at_most_one_more_batch_runs(decoder
     async with served(model, ServeSettings(queue=200), decoder) as (client, engine):
         first = asyncio.create_task(client.post("/v1/translate", content=png(numbered(0)), headers=PNG))
         await until(gate.reached.is_set)
-        asking = [
-            asyncio.create_task(client.post("/v1/translate", content=png(numbered(i)), headers=PNG)) for i in range(1, 101)
-        ]
+        asking = [asyncio.create_task(client.post("/v1/translate", content=png(numbered(i)), headers=PNG)) for i in range(1, 101)]
         await until(lambda: engine.health().waiting == 100)
         for task in asking:
             task.cancel()
@@ -104,6 +102,8 @@ async def test_overhead_over_the_model_is_a_few_milliseconds(decoder):
             times_s.append(time.perf_counter() - began)
             assert answer.status_code == 200
     p50_ms = 1000 * statistics.median(times_s)
-    print(f"\np50 {p50_ms:.2f} ms, p99 {1000 * statistics.quantiles(times_s, n=100)[-1]:.2f} ms; {answer.headers['server-timing']}; load {os.getloadavg()[0]:.1f}")
+    print(
+        f"\np50 {p50_ms:.2f} ms, p99 {1000 * statistics.quantiles(times_s, n=100)[-1]:.2f} ms; {answer.headers['server-timing']}; load {os.getloadavg()[0]:.1f}"
+    )
     assert torch.equal(read_image(answer.content), read_image(picture.getvalue()))
     assert p50_ms < 50
