@@ -77,6 +77,11 @@ class Service:
         if name not in (None, self.settings.model_name):
             raise ApiError("model_not_found", f"model is {name}; there is {self.settings.model_name}", param="model")
 
+    def check_steps(self, steps: int | None, name: str) -> None:
+        """ApiError for more steps than are allowed, under the name that the route has for them."""
+        if steps is not None and steps > self.settings.max_steps:
+            raise ApiError("invalid_value", f"{name} is {steps}; wanted 1 to {self.settings.max_steps}", param=name)
+
     def refuse_early(self) -> None:
         """ApiError when a request would not be admitted: asked before its body is read."""
         with self.engine.admit():
@@ -88,8 +93,6 @@ class Service:
 
     async def translate(self, request: Request, image: bytes, ask: Ask) -> Picture:
         """ApiError for whatever goes wrong, the caller leaving included."""
-        if ask.steps is not None and ask.steps > self.settings.max_steps:
-            raise ApiError("invalid_value", f"steps is {ask.steps}; wanted 1 to {self.settings.max_steps}", param="steps")
         try:
             async with asyncio.timeout(self.settings.timeout_s):
                 return await _unless_the_caller_leaves(request, self._translate(image, ask))

@@ -18,7 +18,7 @@ async def test_every_bad_image_gets_its_code_within_seconds_and_the_service_goes
     assert len(cases) >= 120
     wrong, slow = {}, {}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    async with served(Identity(), ServeSettings(), decoder) as (client, engine):
+    async with served(Identity(), ServeSettings(), decoder) as (client, _engine):
         for name, (data, wanted) in cases.items():
             began = time.perf_counter()
             answer = await client.post("/v1/translate", content=data, headers={"content-type": "image/png"})

@@ -1,4 +1,4 @@
-"""More than 120 uploads as careless and hostile callers send them, made by code, each with the status and the code it must get."""
+"""More than 120 uploads as careless and hostile callers send them, each with the status and the code it must get."""
 
 import random
 import struct

@@ -1,4 +1,4 @@
-"""What tests of the service share: an application in this process with a client, models that do as told, images that carry a number."""
+"""What tests of the service share: an application in this process with a client, models that do as told, numbered images."""
 
 import asyncio
 import contextlib

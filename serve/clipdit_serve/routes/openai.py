@@ -68,6 +68,7 @@ def router(service: Service) -> APIRouter:
             body = await reading.form(request)
             fields = parse(EditFields, body.fields)
             service.check_model(fields.model)
+            service.check_steps(fields.num_inference_steps, "num_inference_steps")
             ask = Ask(
                 seed=fields.seed,
                 steps=fields.num_inference_steps,

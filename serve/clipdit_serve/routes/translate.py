@@ -1,11 +1,13 @@
 """POST /v1/translate: an image in, an image out, as plainly as HTTP allows."""
 
 import base64
+from collections import Counter
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
+from clipdit_serve.errors import ApiError
 from clipdit_serve.fields import TranslateFields, parse
 from clipdit_serve.routes.documentation import OF_TRANSLATION, error_responses, form_body, image_bodies
 from clipdit_serve.service import Ask, Picture, Service
@@ -31,12 +33,16 @@ def router(service: Service) -> APIRouter:
     async def translate(request: Request, query: Annotated[TranslateFields, Query()]) -> Response:
         """The image as the body, its settings in the query; or a form with all of them. `Accept` chooses the answer's format:
         the bytes of a PNG, WebP or JPEG, or JSON with the image in base64."""
+        for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
+            if count > 1:
+                raise ApiError("invalid_value", f"{name} is there {count} times; send it once", param=name)
         media_type = choose_format(request.headers.get("accept"), OFFERED)
         service.refuse_early()
         with service.reader.hold() as reading:
             body = await reading.form_or_image(request)
             fields = parse(TranslateFields, query.model_dump(exclude_unset=True) | body.fields)
             service.check_model(fields.model)
+            service.check_steps(fields.steps, "steps")
             as_json = media_type == "application/json"
             ask = Ask(
                 seed=fields.seed,
