@@ -3,7 +3,7 @@
 settings.py   what whoever starts the service decides
 app.py        the FastAPI application, from an engine, settings and a decoder that are handed in
 errors.py     every error a caller can meet: status, type and code in one table
-routes/       what the routes do: translate, images/edits, models, health and metrics
+routes/       what the routes do: translate, images/edits, models, health and metrics, the page
 fields.py     what a caller may say, and the refusal of everything else
 uploads.py    bodies: sizes, multipart, which formats the caller takes
 service.py    from an upload to an encoded answer: the way that every route takes

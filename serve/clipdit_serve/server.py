@@ -14,6 +14,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from clipdit_serve.decoding import Decoder
 from clipdit_serve.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ class Server(uvicorn.Server):
 
     Args:
         engine: the application's; drained at a signal.
+        decoder: the application's.
         linger_s: from SIGTERM to the port's end, at least, seconds.
         drain_s: likewise at most; who has no answer by then gets none.
         on_ready: called once, with the address, when the first request would be answered.
@@ -33,6 +35,7 @@ class Server(uvicorn.Server):
         self,
         app: FastAPI,
         engine: Engine,
+        decoder: Decoder,
         *,
         host: str,
         port: int,
@@ -54,7 +57,8 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=5,  # by then nobody waits but those whose answer is being sent
             )
         )
-        self._engine, self._linger_s, self._drain_s, self._on_ready = engine, linger_s, drain_s, on_ready
+        self._engine, self._decoder, self._on_ready = engine, decoder, on_ready
+        self._linger_s, self._drain_s = linger_s, drain_s
         self._announced = False
         self.signal: int | None = None
         """The one that ended it."""
@@ -71,7 +75,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""
         health = self._engine.health()
-        if not self._announced and health.state == "ready":
+        if not self._announced and health.state == "ready" and self._decoder.ready:
             self._announced = True
             self._on_ready(self.address)
         if not self._announced and health.state == "dead":

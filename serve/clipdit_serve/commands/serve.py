@@ -3,9 +3,12 @@
 import json as json_module
 import logging
 import os
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +93,16 @@ def serve(
         decode_processes=decode_processes,
     )
     check_bind(host, settings, insecure=insecure)
+    _check_model(Path(locate(model or BUILT_IN)), backend)
 
     def say(address: str) -> None:
         line = {"url": address, "model": settings.model_name} if json else f"{settings.model_name} at {address}"
         print(json_module.dumps(line) if json else line, flush=True)
 
     engine = InProcessEngine(partial(Translator.open, model, backend=backend, device=device), settings)
-    app = create_app(engine, DecodePool(settings), settings)
-    server = Server(app, engine, host=host, port=port, linger_s=linger_s, drain_s=drain_s, on_ready=say)
+    decoder = DecodePool(settings)
+    app = create_app(engine, decoder, settings)
+    server = Server(app, engine, decoder, host=host, port=port, linger_s=linger_s, drain_s=drain_s, on_ready=say)
     try:
         server.run()
     except SystemExit:
@@ -107,3 +112,13 @@ def serve(
     if engine.failure is not None:
         return FAULT
     return INTERRUPTED if server.signal == signal.SIGINT else DONE
+
+
+def _check_model(folder: "Path", backend: str | None) -> None:
+    """ValueError for what cannot be opened, from a look at its JSON: before anything is started."""
+    from clipdit.backend import available_backends, backend_class
+
+    name = (backend or "").partition(":")[0]
+    reasons = {name: backend_class(name).why_not(folder)} if name else available_backends(folder, unasked=True)
+    if None not in reasons.values():
+        raise ValueError("; ".join(dict.fromkeys(str(reason) for reason in reasons.values())))
