@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -111,6 +111,13 @@ class InProcessEngine:
             self._admitted -= 1
 
     async def translate(self, task: Task) -> Answer:
+        assert self._model_info is not None, "whoever is admitted meets a model"
+        defaults = self._model_info.defaults
+        task = replace(  # so that who asks for the default shares a batch with who asks for nothing
+            task,
+            steps=defaults.steps if task.steps is None else task.steps,
+            guidance=defaults.guidance if task.guidance is None else float(task.guidance),
+        )
         job = _Job(task=task)
         with self._changed:
             if self._closing or not self._thread.is_alive():

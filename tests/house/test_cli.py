@@ -70,7 +70,7 @@ def test_help_lists_every_verb_with_its_summary(capsys: pytest.CaptureFixture[st
 
 def test_every_verb_of_the_promise_is_there():
     names = {" ".join(words) for name in cli.installed_verbs() for words in spellings(name)}
-    assert names >= {"data emoji", "data check", "train", "evaluate", "translate", "verify", "bench training", "demo"}
+    assert names >= {"data emoji", "data check", "train", "evaluate", "translate", "verify", "bench training", "demo", "serve"}
 
 
 @pytest.mark.parametrize("name", cli.installed_verbs())

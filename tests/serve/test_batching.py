@@ -57,23 +57,23 @@ async def test_only_jobs_of_the_same_size_steps_and_guidance_share_a_batch():
     engine = await started(model)
     first = asyncio.create_task(ask(engine, 1))
     await until(gate.reached.is_set)
-    kinds = [{"steps": 2}, {"steps": 3}, {"guidance": 2.0}, {}]
+    kinds = [{"steps": 2}, {"steps": 3}, {"guidance": 2.0}, {}, {"steps": 4, "guidance": 1}]  # the last two are one
     rest = [asyncio.create_task(ask(engine, 10 * i + j, **kind)) for i in range(3) for j, kind in enumerate(kinds)]
     small = Task(image=numbered(1)[:, :32, :32].contiguous(), seed=0)
     other_size = asyncio.create_task(engine.translate(small))
-    await until(lambda: engine.health().waiting == 13)
+    await until(lambda: engine.health().waiting == 16)
     gate.opened.set()
     answers = await asyncio.gather(*rest)
     assert torch.equal((await other_size).image, small.image)
     await first
-    assert [number_of(answer.image) for answer in answers] == [10 * i + j for i in range(3) for j in range(4)]
+    assert [number_of(answer.image) for answer in answers] == [10 * i + j for i in range(3) for j in range(5)]
     assert sorted(zip(model.kinds, model.batches, strict=True)) == sorted(
         [
             (((3, 64, 64), 4, 1.0), 1),
             (((3, 64, 64), 2, 1.0), 3),
             (((3, 64, 64), 3, 1.0), 3),
             (((3, 64, 64), 4, 2.0), 3),
-            (((3, 64, 64), 4, 1.0), 3),
+            (((3, 64, 64), 4, 1.0), 6),
             (((3, 32, 32), 4, 1.0), 1),
         ]
     )
