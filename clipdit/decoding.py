@@ -6,10 +6,10 @@ Public names are re-exported by clipdit.images, which is what other modules impo
 import io
 import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -45,7 +45,16 @@ _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
 """Orientations that swap height and width."""
 
-_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ", b"qoif")
+_MAGIC = {
+    b"\x89PNG": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"GIF8": "GIF",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"\0\0\0\x0cjP  ": "JPEG2000",
+    b"qoif": "QOI",
+}
+"""First bytes that only an image has, and whose."""
 
 _FOREIGN_CONTENT = (
     (b"<!doctype html", "is a web page (HTML), not an image; a download that failed often looks so"),
@@ -65,13 +74,20 @@ _FOREIGN_CONTENT = (
 """(first bytes in lower case, what the file is) for what people mistake for images."""
 
 
-class ImageError(ValueError):
-    """This file cannot be used as an image. `reason` is one line; `path` is the file, None for bytes."""
+Fault = Literal["damaged", "empty", "format", "large", "animated"]
+"""What is wrong with a file, for programs: it cannot be read to its end, has 0 bytes, is none of the formats that were asked for,
+has more pixels than were allowed, or is an animation where none was wanted."""
 
-    def __init__(self, reason: str, path: Path | None = None):
+
+class ImageError(ValueError):
+    """This file cannot be used as an image. `reason` is one line; `path` is the file, None for bytes; `fault` is the
+    reason for programs."""
+
+    def __init__(self, reason: str, path: Path | None = None, *, fault: Fault = "damaged"):
         super().__init__(reason)
         self.reason = reason
         self.path = path
+        self.fault: Fault = fault
 
     def __str__(self) -> str:
         return self.reason if self.path is None else f"{self.path}: {self.reason}"
@@ -92,9 +108,33 @@ def read_image(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS) -> U
     return _open(source, max_pixels, _to_rgb).pixels
 
 
-def decode_image(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS) -> DecodedImage:
-    """`read_image`, with notes on what was converted."""
-    return _open(source, max_pixels, _to_rgb)
+def decode_image(
+    source: Path | str | bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_side: int | None = None,
+    formats: Sequence[str] = READ_FORMATS,
+    animated: bool = True,
+) -> DecodedImage:
+    """`read_image`, with notes on what was converted.
+
+    Args:
+        max_pixels, max_side: larger images are refused by their header alone, pixels; None is any side.
+        formats: Pillow decoders that may be used, of READ_FORMATS; files of others are not opened.
+        animated: the first frame of an animation is taken; False refuses it.
+    """
+
+    def use(image: Image.Image) -> DecodedImage:
+        if max_side is not None and max(image.size) > max_side:
+            raise ImageError(f"has {image.width} x {image.height} pixels; at most {max_side} a side are taken", fault="large")
+        # MPO is a photograph with a preview or a depth map behind it, as telephones write it: no animation.
+        if not animated and image.format != "MPO" and getattr(image, "is_animated", False):
+            raise ImageError(
+                f"is an animation of {getattr(image, 'n_frames', 2)} frames; wanted a single picture", fault="animated"
+            )
+        return _to_rgb(image)
+
+    return _open(source, max_pixels, use, formats)
 
 
 def image_size(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -114,7 +154,7 @@ def looks_like_image(path: Path) -> bool:
             head = stream.read(32)
     except (ImageError, OSError):
         return False
-    return head.startswith(_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or head[4:12] == b"ftypavif"
+    return _format_of(head) is not None
 
 
 def check_regular(path: Path) -> None:
@@ -129,28 +169,32 @@ def check_regular(path: Path) -> None:
         raise ImageError("is not a regular file")
 
 
-def _open(source: Path | str | bytes, max_pixels: int, use: Callable[[Image.Image], T]) -> T:
+def _open(
+    source: Path | str | bytes, max_pixels: int, use: Callable[[Image.Image], T], formats: Sequence[str] = READ_FORMATS
+) -> T:
     """What `use` makes of the opened image. Whatever goes wrong becomes an ImageError."""
     if isinstance(source, bytes):
-        return _open_stream(io.BytesIO(source), max_pixels, use)
+        return _open_stream(io.BytesIO(source), max_pixels, use, formats)
     path = Path(source)
     try:
         check_regular(path)
         with path.open("rb") as stream:
-            return _open_stream(stream, max_pixels, use)
+            return _open_stream(stream, max_pixels, use, formats)
     except ImageError as error:
-        raise ImageError(error.reason, path) from error
+        raise ImageError(error.reason, path, fault=error.fault) from error
     except OSError as error:  # permission, input/output error, name too long
         raise ImageError(f"cannot be opened: {error.strerror or error}", path) from error
     except ValueError as error:  # a NUL character in the name
         raise ImageError(f"cannot be opened: {_one_line(error)}", path) from error
 
 
-def _open_stream(stream: io.BytesIO | io.BufferedReader, max_pixels: int, use: Callable[[Image.Image], T]) -> T:
+def _open_stream(
+    stream: io.BytesIO | io.BufferedReader, max_pixels: int, use: Callable[[Image.Image], T], formats: Sequence[str]
+) -> T:
     head = stream.read(512)
     stream.seek(0)
     if not head:
-        raise ImageError("is empty (0 bytes)")
+        raise ImageError("is empty (0 bytes)", fault="empty")
     # Pillow stops at twice its own limit, however much is allowed here.
     limit = f"{min(max_pixels, 2 * MAX_PIXELS) / 1e6:.3g} million pixels"
     with warnings.catch_warnings():
@@ -158,17 +202,22 @@ def _open_stream(stream: io.BytesIO | io.BufferedReader, max_pixels: int, use: C
         # because threads that read at the same time can leave this filter behind.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
-            with Image.open(stream, formats=READ_FORMATS) as image:
+            with Image.open(stream, formats=tuple(formats)) as image:
                 width, height = image.size
                 if width * height > max_pixels:
-                    raise ImageError(f"is {width} x {height}, more than {limit}. Scale it down first")
+                    raise ImageError(f"is {width} x {height}, more than {limit}. Scale it down first", fault="large")
                 return use(image)
         except ImageError:
             raise
         except UnidentifiedImageError as error:
-            raise ImageError(_what_else(head)) from error
+            kind = _format_of(head)
+            if kind is not None and kind not in formats:
+                raise ImageError(f"is {kind}; wanted {', '.join(formats)}. Save it as one of these", fault="format") from error
+            raise ImageError(_what_else(head), fault="format" if kind is None else "damaged") from error
         except Image.DecompressionBombError as error:
-            raise ImageError(f"has more than {limit}. Scale it down first") from error
+            raise ImageError(f"has more than {limit}. Scale it down first", fault="large") from error
+        except MemoryError as error:
+            raise ImageError("needs more memory than there is. Scale it down first", fault="large") from error
         except Exception as error:
             # On damaged files Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, zlib.error,
             # OverflowError, MemoryError ...: no list of them is complete, and one file must not end a run over 50,000.
@@ -249,6 +298,15 @@ def _through_profile(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> I
     return converted
 
 
+def _format_of(head: bytes) -> str | None:
+    """The image format that the first 12 bytes promise, as Pillow names it; None when they promise none."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[4:12] == b"ftypavif":
+        return "AVIF"
+    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
+
+
 def _what_else(head: bytes) -> str:
     """What a file that is no image seems to be, from its first bytes."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -259,7 +317,7 @@ def _what_else(head: bytes) -> str:
         if head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
             return "is HEIC/HEIF, which is not supported. Save it as JPEG or PNG first"
         return "is an MP4 or QuickTime file, not an image"
-    if head.startswith(_MAGIC) or head[:4] == b"RIFF":
+    if _format_of(head) is not None or head[:4] == b"RIFF":
         return "is damaged or of a rare kind: its first bytes say image, the rest does not follow"
     if all(byte in b"\t\n\r\f\x1b" or byte >= 32 for byte in head):
         return "is text, not an image"

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from clipdit.backend import Backend, OneCall, SamplingDefaults, WholeLoop, open_backend
+from clipdit.backend import Backend, Limits, OneCall, SamplingDefaults, WholeLoop, open_backend
 from clipdit.images import Fit, Placement, fit
 from clipdit.sampling import SamplingTable, guide, sample, seeded_noise
 from clipdit.shapes import ImageU8, Latent
@@ -135,15 +135,7 @@ class Translator:
         """An image of any size as one this translator takes, and the way back. See `clipdit.images.fit` for `how`.
 
         ValueError when the backend does not take that size."""
-        limits = self.backend.limits
-        if size == "own":
-            height, width = (math.ceil(side / limits.multiple) * limits.multiple for side in image_u8.shape[-2:])
-        elif size == "nearest":
-            height, width = limits.nearest_size(*image_u8.shape[-2:])
-        else:
-            height, width = limits.native_size if size is None else size
-        limits.check_images((1, 3, height, width))
-        return fit(image_u8, (height, width), how)
+        return fit_within(self.backend.limits, image_u8, size, how)
 
     def translate_images(
         self,
@@ -190,3 +182,15 @@ class Translator:
         if key not in self._tables:
             self._tables[key] = self.backend.table(*key)
         return self._tables[key]
+
+
+def fit_within(limits: Limits, image_u8: UInt8[Tensor, "3 H W"], size: Size = None, how: Fit = "pad") -> tuple[Tensor, Placement]:
+    """`Translator.fit`, where only the limits are known: in a process that holds no model."""
+    if size == "own":
+        height, width = (math.ceil(side / limits.multiple) * limits.multiple for side in image_u8.shape[-2:])
+    elif size == "nearest":
+        height, width = limits.nearest_size(*image_u8.shape[-2:])
+    else:
+        height, width = limits.native_size if size is None else size
+    limits.check_images((1, 3, height, width))
+    return fit(image_u8, (height, width), how)

@@ -84,7 +84,7 @@ def translate(
         raise ValueError(f"{input} does not exist; wanted an image, a folder or a manifest (or - for standard input)")
     settings = JobSettings(
         seed=seed,
-        size=_size(size),
+        size=parse_size(size),
         fit=fit,
         format=_single_format(output, format) if not many else format or "png",
         keep_suffix=keep_suffix,
@@ -179,7 +179,7 @@ def _single_format(output: str, format: str | None) -> str:
     return suffix[1:]
 
 
-def _size(text: str | None) -> "Size":
+def parse_size(text: str | None) -> "Size":
     """ "256x384" -> (256, 384), height first; "own", "nearest" and None stay."""
     if text is None:
         return None

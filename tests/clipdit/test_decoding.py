@@ -157,6 +157,57 @@ def test_images_are_known_by_name_or_first_bytes(odd_images, tmp_path):
     assert not looks_like_image(tmp_path / "missing")
 
 
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("cut.png", "damaged"),
+        ("only_a_header.jpg", "damaged"),
+        ("empty.png", "empty"),
+        ("text.png", "format"),
+        ("document.pdf", "format"),
+        ("bomb.png", "large"),
+        ("bomb_declared.png", "large"),
+    ],
+)
+def test_a_program_learns_what_is_wrong(odd_images, name: str, fault: str):
+    for source in (odd_images.folder / name, (odd_images.folder / name).read_bytes()):
+        with pytest.raises(ImageError) as caught:
+            read_image(source)
+        assert caught.value.fault == fault
+        assert pickle.loads(pickle.dumps(caught.value)).fault == fault
+
+
+def test_only_the_formats_that_were_asked_for_are_opened(odd_images):
+    taken = ("PNG", "JPEG")
+    assert torch.equal(
+        decode_image(odd_images.folder / "plain.png", formats=taken).pixels, read_image(odd_images.folder / "plain.png")
+    )
+    for name, kind in [("plain.gif", "GIF"), ("plain.webp", "WEBP"), ("plain.tif", "TIFF")]:
+        with pytest.raises(ImageError, match=f"is {kind}; wanted PNG, JPEG") as caught:
+            decode_image(odd_images.folder / name, formats=taken)
+        assert caught.value.fault == "format"
+    with pytest.raises(ImageError) as caught:
+        decode_image(odd_images.folder / "plain.bmp", formats=taken)
+    assert caught.value.fault == "format"
+
+
+def test_a_side_or_an_animation_can_be_refused_and_a_telephones_second_picture_is_none(odd_images, tmp_path: Path):
+    thin = odd_images.folder / "thin.png"  # 1 x 300
+    assert decode_image(thin, max_side=300).pixels.shape == (3, 300, 1)
+    with pytest.raises(ImageError, match="has 1 x 300 pixels; at most 299 a side are taken") as caught:
+        decode_image(thin, max_side=299)
+    assert caught.value.fault == "large"
+    for name in ("animated.png", "animated.webp", "animated.gif"):
+        assert decode_image(odd_images.folder / name).notes[0] == "first of 3 frames"
+        with pytest.raises(ImageError, match="is an animation of 3 frames") as caught:
+            decode_image(odd_images.folder / name, animated=False)
+        assert caught.value.fault == "animated"
+    one = Image.new("RGB", (8, 8), "red")
+    one.save(tmp_path / "two.mpo", "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")])
+    red = decode_image(tmp_path / "two.mpo", formats=("JPEG",), animated=False).pixels.float().mean((1, 2))
+    assert red[0] > 250 and red[2] < 5
+
+
 def display_p3() -> tuple[bytes, np.ndarray]:
     """A colour profile with the primaries of Display P3 and gamma 2.2 (ICC.1:2001-04), and its matrix to XYZ (D50)."""
 

@@ -124,6 +124,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
 
 
+def test_less_effort_gives_the_same_pixels_in_more_bytes():
+    image = waves(64, 64)
+    quick, small = encode_image(image, effort=1), encode_image(image, effort=9)
+    assert torch.equal(read_image(quick), image) and torch.equal(read_image(small), image)
+    assert len(quick) > len(small)
+
+
 def test_unknown_formats_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.xyz; wanted one of \.png"):
         write_image(tmp_path / "a.xyz", waves(4, 4))

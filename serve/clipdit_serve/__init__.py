@@ -1,0 +1,18 @@
+"""Many callers by HTTP: one model that is batched, behind an API that other servers' clients already speak.
+
+settings.py   what whoever starts the service decides
+app.py        the FastAPI application, from an engine, settings and a decoder that are handed in
+errors.py     every error a caller can meet: status, type and code in one table
+routes/       what the routes do: translate, images/edits, models, health and metrics, the page
+fields.py     what a caller may say, and the refusal of everything else
+uploads.py    bodies: sizes, multipart, which formats the caller takes
+service.py    from an upload to an encoded answer: the way that every route takes
+guards.py     what stands around every route: key, request id, log line, metrics
+decoding.py   uploads become pixels in processes that can be killed
+engine.py     the seam between the routes and what runs the model, here or on other machines
+batching.py   the engine of one process: a queue, and a thread that owns the model
+pace.py       how long batches take: Retry-After, refusals of what would come too late, and whether a batch hangs
+metrics.py    Prometheus metrics
+logs.py       JSON lines
+server.py     uvicorn, from the first request to the last one after SIGTERM
+"""

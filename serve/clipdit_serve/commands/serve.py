@@ -1,0 +1,124 @@
+"""`clipdit serve`: the HTTP service, in one process."""
+
+import json as json_module
+import logging
+import os
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+KEY = "CLIPDIT_API_KEY"
+"""The environment variable that holds the key: arguments are shown to every user of a machine."""
+
+
+def serve(
+    *,
+    model: str | None = None,
+    backend: str | None = None,
+    device: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    insecure: bool = False,
+    model_name: str | None = None,
+    max_batch: int = 8,
+    max_wait_ms: float = 5.0,
+    pad_batches: Literal["yes", "no"] | None = None,
+    queue: int = 64,
+    timeout_s: float = 60.0,
+    size: Annotated[str | None, tyro.conf.arg(metavar="HxW|own|nearest")] = None,
+    fit: Literal["pad", "crop", "stretch"] = "pad",
+    decode_processes: int = 2,
+    linger_s: float = 2.0,
+    drain_s: float = 30.0,
+    json: bool = False,
+) -> int:
+    """Answer translations by HTTP: OpenAI's POST /v1/images/edits, and POST /v1/translate.
+
+    Says in one line where, when the model is warm. With the environment variable CLIPDIT_API_KEY set, every route but health
+    and the page needs `Authorization: Bearer KEY`; without it only this machine can reach the service.
+
+    Args:
+        model: checkpoint or bundle; the built-in one if not given.
+        backend: how to run it; the best one that can run here if not given.
+        device: cpu, cuda, cuda:1 ...; the best one here if not given.
+        host: address to listen at. Another than this machine's own needs CLIPDIT_API_KEY, or --insecure.
+        port: likewise; 0 takes a free one.
+        insecure: let others in without a key.
+        model_name: what callers name the model; the folder's name if not given.
+        max_batch: images in one call of the model.
+        max_wait_ms: how long the first image of a batch waits for others.
+        pad_batches: bring every batch to a power of two; on CUDA if not given.
+        queue: requests that may wait; more get 429 and Retry-After.
+        timeout_s: from a whole upload to its answer; later ones get 504.
+        size: what images are fitted to, pixels, such as 256x256; "own" is each image's own, "nearest" the one of a bundle's sizes
+            that is most like it. The model's if not given.
+        fit: how: pad keeps the aspect and adds a border, which is cut off again; crop keeps the centre; stretch distorts.
+        decode_processes: uploads decoded at the same time.
+        linger_s: after SIGTERM the port stays open so long, with /readyz at 503.
+        drain_s: after SIGTERM or Ctrl-C answers are waited for so long.
+        json: log as JSON lines, and say the address as JSON.
+    """
+    import signal
+    from functools import partial
+    from pathlib import Path
+
+    from clipdit.backend import BUILT_IN, locate
+    from clipdit.cli import DONE, FAULT, INTERRUPTED
+    from clipdit.commands.translate import parse_size
+    from clipdit.translator import Translator
+    from clipdit_serve.app import create_app
+    from clipdit_serve.batching import InProcessEngine
+    from clipdit_serve.decoding import DecodePool
+    from clipdit_serve.logs import log_as_json
+    from clipdit_serve.server import Server
+    from clipdit_serve.settings import ServeSettings, check_bind
+
+    if json:
+        log_as_json()
+    settings = ServeSettings(
+        model_name=model_name or Path(locate(model or BUILT_IN)).name,
+        api_key=os.environ.get(KEY),
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
+        pad_batches=None if pad_batches is None else pad_batches == "yes",
+        queue=queue,
+        timeout_s=timeout_s,
+        size=parse_size(size),
+        fit=fit,
+        decode_processes=decode_processes,
+    )
+    check_bind(host, settings, insecure=insecure)
+    _check_model(Path(locate(model or BUILT_IN)), backend)
+
+    def say(address: str) -> None:
+        line = {"url": address, "model": settings.model_name} if json else f"{settings.model_name} at {address}"
+        print(json_module.dumps(line) if json else line, flush=True)
+
+    engine = InProcessEngine(partial(Translator.open, model, backend=backend, device=device), settings)
+    decoder = DecodePool(settings)
+    app = create_app(engine, decoder, settings)
+    server = Server(app, engine, decoder, host=host, port=port, linger_s=linger_s, drain_s=drain_s, on_ready=say)
+    try:
+        server.run()
+    except SystemExit:
+        raise ValueError(f"cannot listen at {host}:{port}; the line above says why. Choose another --port") from None
+    if isinstance(engine.failure, ValueError | OSError):
+        raise engine.failure
+    if engine.failure is not None:
+        return FAULT
+    return INTERRUPTED if server.signal == signal.SIGINT else DONE
+
+
+def _check_model(folder: "Path", backend: str | None) -> None:
+    """ValueError for what cannot be opened, from a look at its JSON: before anything is started."""
+    from clipdit.backend import available_backends, backend_class
+
+    name = (backend or "").partition(":")[0]
+    reasons = {name: backend_class(name).why_not(folder)} if name else available_backends(folder, unasked=True)
+    if None not in reasons.values():
+        raise ValueError("; ".join(dict.fromkeys(str(reason) for reason in reasons.values())))

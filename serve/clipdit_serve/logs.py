@@ -1,0 +1,20 @@
+"""Log lines as JSON, one object a line, for whatever collects them."""
+
+import logging
+
+from pythonjsonlogger.json import JsonFormatter
+
+
+def json_formatter() -> logging.Formatter:
+    """{"time": "2026-11-26T08:00:00+0000", "level": "INFO", "logger": ..., "message": ..., and what a record brings}."""
+    return JsonFormatter(
+        "%(asctime)s %(levelname)s %(name)s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S%z",
+        rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+    )
+
+
+def log_as_json() -> None:
+    """Every handler of this process writes JSON from now on."""
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(json_formatter())

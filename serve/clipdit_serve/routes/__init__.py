@@ -1,0 +1,1 @@
+"""What the routes do, a file for each kind of caller."""

@@ -1,0 +1,85 @@
+"""POST /v1/translate: an image in, an image out, as plainly as HTTP allows."""
+
+import base64
+from collections import Counter
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+
+from clipdit_serve.errors import ApiError
+from clipdit_serve.fields import TranslateFields, parse
+from clipdit_serve.routes.documentation import OF_TRANSLATION, error_responses, form_body, image_bodies
+from clipdit_serve.service import Ask, Picture, Service
+from clipdit_serve.uploads import choose_format
+
+OFFERED = ["image/png", "image/webp", "image/jpeg", "application/json"]
+"""Media types of answers; the first where the caller takes any."""
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["translate"])
+
+    @routes.post(
+        "/v1/translate",
+        summary="Translate an image",
+        response_class=Response,
+        responses=error_responses(*OF_TRANSLATION)
+        | {200: {"content": {type: {} for type in OFFERED}, "description": "The image"}},
+        openapi_extra={
+            "requestBody": {"required": True, "content": image_bodies() | {"multipart/form-data": form_body(TranslateFields)}}
+        },
+    )
+    async def translate(request: Request, query: Annotated[TranslateFields, Query()]) -> Response:
+        """The image as the body, its settings in the query; or a form with all of them. `Accept` chooses the answer's format:
+        the bytes of a PNG, WebP or JPEG, or JSON with the image in base64."""
+        for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
+            if count > 1:
+                raise ApiError("invalid_value", f"{name} is there {count} times; send it once", param=name)
+        media_type = choose_format(request.headers.get("accept"), OFFERED)
+        service.refuse_early()
+        with service.reader.hold() as reading:
+            body = await reading.form_or_image(request)
+            fields = parse(TranslateFields, query.model_dump(exclude_unset=True) | body.fields)
+            service.check_model(fields.model)
+            service.check_steps(fields.steps, "steps")
+            as_json = media_type == "application/json"
+            ask = Ask(
+                seed=fields.seed,
+                steps=fields.steps,
+                guidance=fields.guidance,
+                format="png" if as_json else media_type.removeprefix("image/"),
+                quality=fields.quality,
+            )
+            picture = await service.translate(request, body.image, ask)
+        headers = answer_headers(service, picture)
+        if as_json:
+            return JSONResponse(_described(service, picture), headers=headers)
+        return Response(picture.data, media_type=media_type, headers=headers)
+
+    return routes
+
+
+def answer_headers(service: Service, picture: Picture) -> dict[str, str]:
+    """Of every answer that holds an image."""
+    return {
+        "x-clipdit-model": service.model_id(),
+        "x-clipdit-seed": str(picture.seed),
+        "server-timing": picture.server_timing,
+        "vary": "accept",
+    }
+
+
+def _described(service: Service, picture: Picture) -> dict:
+    sampling = picture.answer.sampling
+    return {
+        "model": service.model_id(),
+        "seed": picture.seed,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "width": picture.width,
+        "height": picture.height,
+        "format": picture.format,
+        "notes": list(picture.notes),
+        "b64_json": base64.b64encode(picture.data).decode("ascii"),
+    }

@@ -1,0 +1,94 @@
+"""uvicorn, from the first request to the last one after SIGTERM.
+
+SIGTERM   readyz says 503 and new translations are refused at once, while the port stays open: whoever balances load sees it
+          before connections fail. When everybody who was admitted has his answer, and `linger_s` is over, the port closes.
+SIGINT    the same without lingering; a second one, of either kind, does not wait for anybody.
+"""
+
+import logging
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from clipdit_serve.decoding import Decoder
+from clipdit_serve.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+class Server(uvicorn.Server):
+    """Serves an application of `create_app`.
+
+    Args:
+        engine: the application's; drained at a signal.
+        decoder: the application's.
+        linger_s: from SIGTERM to the port's end, at least, seconds.
+        drain_s: likewise at most; who has no answer by then gets none.
+        on_ready: called once, with the address, when the first request would be answered.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        engine: Engine,
+        decoder: Decoder,
+        *,
+        host: str,
+        port: int,
+        linger_s: float,
+        drain_s: float,
+        on_ready: Callable[[str], None],
+    ):
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                access_log=False,  # guards.Record writes one
+                log_config=None,
+                server_header=False,
+                proxy_headers=False,  # would believe anybody who says he is a proxy
+                ws="none",
+                lifespan="on",
+                timeout_graceful_shutdown=5,  # by then nobody waits but those whose answer is being sent
+            )
+        )
+        self._engine, self._decoder, self._on_ready = engine, decoder, on_ready
+        self._linger_s, self._drain_s = linger_s, drain_s
+        self._announced = False
+        self.signal: int | None = None
+        """The one that ended it."""
+        self._signalled_s = 0.0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by Python between two instructions of the main thread."""
+        if self.signal is not None:
+            self.should_exit = self.force_exit = True
+            return
+        self.signal, self._signalled_s = sig, time.monotonic()
+        self._engine.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        health = self._engine.health()
+        if not self._announced and health.state == "ready" and self._decoder.ready:
+            self._announced = True
+            self._on_ready(self.address)
+        if not self._announced and health.state == "dead":
+            return True  # it could not be loaded: whoever called us says why
+        if self.signal is not None:
+            for_s = time.monotonic() - self._signalled_s
+            lingered = self.signal == signal.SIGINT or for_s >= self._linger_s
+            if (self._engine.idle and lingered) or for_s >= self._drain_s:
+                return True
+        return await super().on_tick(counter)
+
+    @property
+    def address(self) -> str:
+        """http://HOST:PORT, with the port that was taken where 0 was asked for."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,155 @@
+"""From an upload to an encoded answer: the way that every route takes."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from clipdit.images import encode_image
+from clipdit_serve.decoding import Decoder
+from clipdit_serve.engine import Answer, Engine, ModelInfo, Task
+from clipdit_serve.errors import ApiError
+from clipdit_serve.settings import ServeSettings
+from clipdit_serve.uploads import Reader
+
+T = TypeVar("T")
+
+SEEDS = 2**32
+"""Seeds are drawn below this: JavaScript keeps every digit of them."""
+
+PNG_EFFORT = 1
+"""zlib's level: a caller waits for this, and the usual 6 takes longer than all else around the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What a caller wants; None is the model's default, or for the seed a new one."""
+
+    seed: int | None
+    steps: int | None
+    guidance: float | None
+    format: str
+    """png, webp or jpeg."""
+    quality: int
+    """0 to 100, of webp and jpeg."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Picture:
+    """An answer, encoded."""
+
+    data: bytes
+    format: str
+    width: int
+    """Pixels, as the upload's."""
+    height: int
+    seed: int
+    notes: tuple[str, ...]
+    """What had to be converted in the upload."""
+    answer: Answer
+    decode_s: float
+    encode_s: float
+
+    @property
+    def server_timing(self) -> str:
+        """For the header Server-Timing: milliseconds."""
+        answer = self.answer
+        spans = {"decode": self.decode_s, "queue": answer.queue_s, "model": answer.model_s, "encode": self.encode_s}
+        timed = [f"{name};dur={1000 * seconds:.2f}" for name, seconds in spans.items()]
+        return ", ".join([*timed[:2], f'batch;desc="{answer.batch}"', *timed[2:]])
+
+
+class Service:
+    """What the routes share."""
+
+    def __init__(self, engine: Engine, decoder: Decoder, settings: ServeSettings):
+        self.engine, self.decoder, self.settings = engine, decoder, settings
+        self.reader = Reader(
+            max_bytes=settings.max_body_bytes, max_together=settings.max_bodies_bytes, timeout_s=settings.body_timeout_s
+        )
+
+    def check_model(self, name: str | None) -> None:
+        """ApiError when a caller names another model."""
+        if name not in (None, self.settings.model_name):
+            raise ApiError("model_not_found", f"model is {name}; there is {self.settings.model_name}", param="model")
+
+    def check_steps(self, steps: int | None, name: str) -> None:
+        """ApiError for more steps than are allowed, under the name that the route has for them."""
+        if steps is not None and steps > self.settings.max_steps:
+            raise ApiError("invalid_value", f"{name} is {steps}; wanted 1 to {self.settings.max_steps}", param=name)
+
+    def refuse_early(self) -> None:
+        """ApiError when a request would not be admitted: asked before its body is read."""
+        with self.engine.admit():
+            pass
+
+    def model_id(self) -> str:
+        """Of the header x-clipdit-model: the name, and the weights behind it."""
+        return f"{self.settings.model_name}@{self._model().fingerprint[:12]}"
+
+    async def translate(self, request: Request, image: bytes, ask: Ask) -> Picture:
+        """ApiError for whatever goes wrong, the caller leaving included."""
+        try:
+            async with asyncio.timeout(self.settings.timeout_s):
+                return await _unless_the_caller_leaves(request, self._translate(image, ask))
+        except TimeoutError:
+            raise ApiError("deadline_exceeded", f"no answer within {self.settings.timeout_s:g} s; come again later") from None
+
+    async def _translate(self, image: bytes, ask: Ask) -> Picture:
+        seed = secrets.randbelow(SEEDS) if ask.seed is None else ask.seed
+        with self.engine.admit():
+            began = time.perf_counter()
+            upload = await self.decoder.decode(image, self._model().limits, self.settings.size, self.settings.fit)
+            decode_s = time.perf_counter() - began
+            answer = await self.engine.translate(Task(image=upload.image, seed=seed, steps=ask.steps, guidance=ask.guidance))
+            began = time.perf_counter()
+
+            def encode() -> tuple[bytes, int, int]:
+                restored = upload.placement.restore(answer.image)
+                data = encode_image(restored, ask.format.upper(), quality=ask.quality, effort=PNG_EFFORT)
+                return data, restored.shape[2], restored.shape[1]
+
+            try:
+                data, width, height = await asyncio.to_thread(encode)
+            except OSError as error:  # the longest side that a format can have, mostly
+                raise ApiError("not_acceptable", f"the result cannot be encoded as {ask.format}: {error}; ask for png") from error
+        return Picture(
+            data=data,
+            format=ask.format,
+            width=width,
+            height=height,
+            seed=seed,
+            notes=upload.notes,
+            answer=answer,
+            decode_s=decode_s,
+            encode_s=time.perf_counter() - began,
+        )
+
+    def _model(self) -> ModelInfo:
+        model = self.engine.model
+        assert model is not None, "whoever is admitted meets a model"
+        return model
+
+
+async def _unless_the_caller_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns; it is cancelled, and ApiError raised, when the connection closes before."""
+    working, watching = asyncio.create_task(work), asyncio.create_task(_the_caller_leaves(request))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError("client_closed_request", "the caller left")
+        return working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _the_caller_leaves(request: Request) -> None:
+    """Returns when he does. The body has been read, so that nothing else can come."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

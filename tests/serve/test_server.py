@@ -1,0 +1,267 @@
+"""`clipdit serve` as a process of its own, through a real socket."""
+
+import asyncio
+import base64
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+import torch
+from serving import PNG, numbered, png
+
+from clipdit import cli
+from clipdit.fake_backend import FakeBackend
+from clipdit.images import read_image
+from clipdit.translator import Translator
+
+CLIPDIT = Path(sys.executable).with_name("clipdit")
+PAGE = Path(__file__).parents[2] / "docs" / "serve.md"
+IMAGE = png(numbered(7))
+KEY = "a-key-of-a-test"
+
+
+class Running:
+    """A service in a process of its own."""
+
+    def __init__(self, *words: str, environment: dict[str, str] | None = None):
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  a pipe that nobody reads would block it
+        self.process = subprocess.Popen(
+            [CLIPDIT, "serve", "--backend", "fake", "--port", "0", "--json", *words],
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+        )
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline()
+        assert self.line, self.stop()
+        self.url = json.loads(self.line)["url"]
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+    def stop(self) -> list[dict]:
+        """Its log."""
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self._log.seek(0)
+        return [json.loads(line) for line in self._log]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    service = Running("--model-name", "edges", "--max-batch", "2", environment={"CLIPDIT_API_KEY": KEY})
+    yield service
+    service.stop()
+
+
+def client(running: Running) -> httpx2.Client:
+    return httpx2.Client(base_url=running.url, headers={"authorization": f"Bearer {KEY}"}, timeout=20)
+
+
+def test_the_one_line_says_where_and_the_service_is_ready_by_then(running: Running):
+    assert json.loads(running.line) == {"url": running.url, "model": "edges"}
+    assert running.address[0] == "127.0.0.1"
+    assert httpx2.get(f"{running.url}/readyz").json() == {"status": "ready"}
+    assert httpx2.get(f"{running.url}/v1/models").status_code == 401
+
+
+def test_the_official_client_translates_over_the_network(running: Running):
+    wanted = Translator(FakeBackend()).translate_image(numbered(7), seed=1)
+    ours = openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0)
+    answer = ours.images.edit(image=("drawing.png", IMAGE), prompt="", extra_body={"seed": 1})
+    assert torch.equal(read_image(base64.b64decode(answer.data[0].b64_json)), wanted)
+
+
+def test_the_lines_of_the_documentation_are_true(running: Running, tmp_path: Path):
+    """Each curl line, and the Python block, with the address and the key of this service put in."""
+    (tmp_path / "drawing.png").write_bytes(IMAGE)
+    text = PAGE.read_text().replace("http://127.0.0.1:8000", running.url)
+    curls = re.findall(r"^curl .*$", text, re.MULTILINE)
+    assert len(curls) == 2
+    for line in curls:
+        line = line.replace("curl ", f"curl -sS -H 'Authorization: Bearer {KEY}' ", 1)
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    wanted = Translator(FakeBackend()).translate_image(numbered(7), seed=1)
+    assert torch.equal(read_image(tmp_path / "emoji.png"), wanted)
+    assert (tmp_path / "emoji.webp").read_bytes()[8:12] == b"WEBP"
+    (tmp_path / "emoji.png").unlink()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    code = code.replace('api_key="anything"', f'api_key="{KEY}"')
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert torch.equal(read_image(tmp_path / "emoji.png"), wanted)
+
+
+def test_a_body_over_the_limit_is_answered_before_it_is_sent(running: Running):
+    with socket.create_connection(running.address, timeout=10) as connection:
+        head = f"POST /v1/translate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        connection.sendall(f"{head}Content-Type: image/png\r\nContent-Length: 1000000000\r\n\r\n".encode())
+        answer = b""
+        while not answer.endswith(b"}}"):
+            answer += connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 413 ") and b'"body_too_large"' in answer
+
+
+def test_who_sends_all_of_a_body_that_is_too_large_still_gets_the_answer(running: Running):
+    with client(running) as ours:
+        answer = ours.post("/v1/translate", content=bytes(25 * 2**20), headers=PNG)
+    assert (answer.status_code, answer.headers["x-clipdit-error"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"POST /v1/translate HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+        b"POST /v1/translate HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/translate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 1_000_000 + b"\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET /livez\r\n\r\n" * 3,
+    ],
+    ids=["two lengths", "negative length", "two encodings", "large head", "TLS", "no version"],
+)
+def test_what_is_no_http_is_refused_and_the_next_one_is_served(request_bytes: bytes, running: Running):
+    with socket.create_connection(running.address, timeout=10) as connection:
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(request_bytes)
+            answer = connection.recv(65536)
+    assert answer == b"" or int(answer.split()[1]) in (400, 401, 431, 501), answer[:200]
+    assert httpx2.get(f"{running.url}/livez").status_code == 200
+
+
+def test_callers_who_send_slowly_do_not_slow_the_others(running: Running):
+    slow = []
+    for _ in range(100):
+        connection = socket.create_connection(running.address, timeout=10)
+        head = f"POST /v1/translate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: image/png\r\n"
+        connection.sendall(f"{head}Content-Length: 1000\r\n\r\nx".encode())
+        slow.append(connection)
+    times_s = []
+    with client(running) as ours:
+        for _ in range(20):
+            began = time.perf_counter()
+            assert ours.post("/v1/translate", content=IMAGE, headers=PNG).status_code == 200
+            times_s.append(time.perf_counter() - began)
+    for connection in slow:
+        connection.close()
+    print(f"\nbeside 100 slow senders: median {1000 * sorted(times_s)[10]:.1f} ms")
+    assert sorted(times_s)[10] < 0.5
+
+
+def test_callers_who_leave_are_counted_and_leave_nothing_behind(running: Running):
+    def cancelled() -> float:
+        (line,) = [line for line in ours.get("/metrics").text.splitlines() if line.startswith("clipdit_cancelled_total")]
+        return float(line.split()[1])
+
+    with client(running) as ours:
+        before = settled(cancelled)
+        for _ in range(20):
+            with socket.create_connection(running.address, timeout=10) as connection:
+                head = f"POST /v1/translate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: image/png\r\n"
+                connection.sendall(f"{head}Content-Length: {len(IMAGE)}\r\n\r\n".encode() + IMAGE[:-1])
+        assert settled(cancelled) - before == 20
+        assert ours.get("/readyz?verbose").json()["admitted"] == 0
+
+
+def settled(read: Callable[[], float]) -> float:
+    """A figure when it has not changed for half a second."""
+    value = read()
+    for _ in range(40):
+        time.sleep(0.5)
+        value, before = read(), value
+        if value == before:
+            break
+    return value
+
+
+@pytest.mark.anyio
+async def test_sigterm_under_load_loses_no_admitted_request_and_readyz_says_503_within_a_second(running: Running):
+    """The last test of this service."""
+    outcomes: list[tuple[str, int, str | None]] = []
+    unanswered: list[str] = []
+
+    async def ask_and_ask_again(caller: int) -> None:
+        headers = PNG | {"authorization": f"Bearer {KEY}"}
+        for count in itertools.count():
+            id = f"load-{caller}-{count}"
+            try:
+                async with httpx2.AsyncClient(timeout=20) as ours:  # a connection of its own
+                    answer = await ours.post(f"{running.url}/v1/translate", content=IMAGE, headers=headers | {"x-request-id": id})
+            except httpx2.TransportError:  # the port is closed, or was while this one knocked
+                unanswered.append(id)
+                return
+            outcomes.append((id, answer.status_code, answer.headers.get("x-clipdit-error")))
+
+    callers = [asyncio.create_task(ask_and_ask_again(caller)) for caller in range(8)]
+    async with httpx2.AsyncClient(base_url=running.url) as ours:
+        while len(outcomes) < 100:
+            await asyncio.sleep(0.01)
+        running.process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        while (answer := await ours.get("/readyz")).status_code == 200:
+            await asyncio.sleep(0.01)
+        unready_s = time.monotonic() - began
+    assert answer.json() == {"status": "draining"}
+    assert unready_s < 1
+    await asyncio.gather(*callers)
+    assert await asyncio.to_thread(running.process.wait, 20) == 0
+    assert {(status, error) for _, status, error in outcomes} == {(200, None), (503, "draining")}
+    lines = [line for line in running.stop() if str(line.get("request_id")).startswith("load-")]
+    # what came in was answered, and what was not answered never came in
+    assert sorted([(line["request_id"], line["status"], line["error"]) for line in lines], key=str) == sorted(outcomes, key=str)
+    assert len(unanswered) == 8 and not {line["request_id"] for line in lines} & set(unanswered)
+
+
+@pytest.mark.slow
+def test_control_c_ends_it_at_once_with_130():
+    service = Running("--linger-s", "60")
+    began = time.monotonic()
+    service.process.send_signal(signal.SIGINT)
+    assert service.process.wait(20) == cli.INTERRUPTED
+    assert time.monotonic() - began < 15
+    assert [line for line in service.stop() if line["level"] != "INFO"] == []
+
+
+def test_what_cannot_be_served_is_one_line_and_exit_code_2(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CLIPDIT_API_KEY", raising=False)
+    assert cli.main(["serve", "--backend", "fake", "--host", "0.0.0.0"]) == cli.WRONG_INPUT
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("clipdit: --host 0.0.0.0 lets others in, and no key is set.")
+    assert cli.main(["serve", "--backend", "fake", "--queue", "0"]) == cli.WRONG_INPUT
+    assert capfd.readouterr().err == "clipdit: queue is 0; wanted more than 0\n"
+
+
+def test_a_model_that_cannot_be_opened_is_one_line_and_exit_code_2(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    assert cli.main(["serve", "--model", str(tmp_path), "--port", "0"]) == cli.WRONG_INPUT
+    output = capfd.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
+    assert line.startswith("clipdit: ") and str(tmp_path) in line
+
+
+def test_a_port_that_is_taken_is_said_and_exit_code_2(capfd: pytest.CaptureFixture[str]):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", "--backend", "fake", "--port", str(port)]) == cli.WRONG_INPUT
+    lines = capfd.readouterr().err.splitlines()
+    assert "address already in use" in lines[-2]
+    assert lines[-1] == f"clipdit: cannot listen at 127.0.0.1:{port}; the line above says why. Choose another --port"

@@ -1,0 +1,125 @@
+"""What tests of the service share: an application in this process with a client, models that do as told, numbered images."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import httpx2
+import numpy as np
+import torch
+
+from clipdit.backend import Limits
+from clipdit.fake_backend import FakeBackend
+from clipdit.images import Fit, encode_image
+from clipdit.translator import Size, Translator
+from clipdit_serve.app import create_app
+from clipdit_serve.batching import InProcessEngine, Model
+from clipdit_serve.decoding import DecodePool, Upload
+from clipdit_serve.settings import ServeSettings
+
+SIDE = 64
+"""Of the models' and the numbered images, pixels."""
+
+BITS = 24
+"""Of a number in an image."""
+
+
+class Identity(Translator):
+    """Answers each image with itself, and writes down its batches.
+
+    Args:
+        before: called with the images of each batch but those of the warm-up; may wait, or raise.
+    """
+
+    def __init__(self, *, max_batch: int | None = None, before: Callable[[torch.Tensor], None] = lambda images: None):
+        super().__init__(FakeBackend(native_size=(SIDE, SIDE), max_batch=max_batch))
+        self.before = before
+        self.batches: list[int] = []
+        """Images of each, padding included."""
+        self.kinds: list[tuple] = []
+        """Their shape, steps and guidance."""
+
+    def __call__(self, source_u8: torch.Tensor, *, seeds: Sequence[int], **sampling) -> torch.Tensor:
+        if source_u8.any():  # the warm-up's are black
+            self.batches.append(len(source_u8))
+            self.kinds.append((tuple(source_u8.shape[1:]), sampling["steps"], sampling["guidance"]))
+            self.before(source_u8)
+        return source_u8.clone()
+
+
+class Gate:
+    """A model waits here until it is opened: `Identity(before=Gate())`."""
+
+    def __init__(self):
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, images: torch.Tensor) -> None:
+        self.reached.set()
+        assert self.opened.wait(60), "nobody opened the gate"
+
+
+class Shared:
+    """A pool of decoding processes that several applications use, one after the other; none of them closes it."""
+
+    def __init__(self, pool: DecodePool):
+        self.pool, self.ready = pool, True
+
+    async def start(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    async def decode(self, data: bytes, limits: Limits, size: Size, fit: Fit) -> Upload:
+        return await self.pool.decode(data, limits, size, fit)
+
+
+@contextlib.asynccontextmanager
+async def served(
+    model: Model | Callable[[], Model], settings: ServeSettings, decoder, *, wait: bool = True
+) -> AsyncIterator[tuple[httpx2.AsyncClient, InProcessEngine]]:
+    """A client of an application, without a network between them. wait: until it is ready."""
+    engine = InProcessEngine(model if not isinstance(model, Translator) else lambda: model, settings)
+    app = create_app(engine, decoder, settings)
+    limits = httpx2.Limits(max_connections=None)
+    async with (
+        app.router.lifespan_context(app),
+        httpx2.AsyncClient(
+            transport=httpx2.ASGITransport(app, raise_app_exceptions=False), base_url="http://test", limits=limits, timeout=60
+        ) as client,
+    ):
+        if wait:
+            await until(lambda: engine.health().state == "ready")
+        yield client, engine
+
+
+async def until(condition: Callable[[], bool], *, within_s: float = 10.0) -> None:
+    """Wait for something that another thread does."""
+    async with asyncio.timeout(within_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def numbered(number: int) -> torch.Tensor:
+    """uint8 (3, SIDE, SIDE): the number as black and white bars, first bit on the left, with its complement below."""
+    bits = (number >> np.arange(BITS)) & 1
+    row = np.repeat(bits, 2)
+    row = np.concatenate([row, np.ones(SIDE - len(row), int)])  # never all black
+    half = np.broadcast_to(row, (SIDE // 2, SIDE))
+    image = np.concatenate([half, 1 - half]) * 255
+    return torch.from_numpy(np.broadcast_to(image.astype(np.uint8), (3, SIDE, SIDE)).copy())
+
+
+def number_of(image: torch.Tensor) -> int:
+    """The number of an image of `numbered`; assertion error for any other image."""
+    row = image[0, 0, : 2 * BITS : 2] // 255
+    number = int((row.long() << torch.arange(BITS)).sum())
+    assert torch.equal(image, numbered(number)), "the image is none of `numbered`"
+    return number
+
+
+def png(image: torch.Tensor) -> bytes:
+    return encode_image(image, effort=1)
+
+
+PNG = {"content-type": "image/png"}
+"""Headers of a body that is a PNG."""
