@@ -14,7 +14,7 @@ from clipdit.model.dit import DiT
 from clipdit.pipeline import load_checkpoint
 from clipdit.sampling import seeded_noise
 from clipdit.testing import TOLERANCES, tiny_checkpoint, tiny_pipeline
-from clipdit.torch_backend import EagerBackend, best_dtype, checkpoint_fingerprint
+from clipdit.torch_backend import CompiledBackend, EagerBackend, best_dtype, checkpoint_fingerprint
 from clipdit.translator import Translator
 
 
@@ -168,3 +168,17 @@ def test_an_installation_without_a_built_in_checkpoint_says_so(tmp_path, monkeyp
     monkeypatch.setattr("clipdit.backend.builtin_checkpoint", lambda: tmp_path)
     with pytest.raises(ValueError, match="this installation has no built-in checkpoint; name another, by folder or hub id"):
         open_backend("built-in")
+
+
+def test_compiled_blocks_are_the_backends_own_and_share_their_weights():
+    """A pipeline that is used, and not changed: its own blocks stay as they are, and what is trained on is what is computed."""
+    pipeline = tiny_pipeline()
+    dit, backend = pipeline.transformer, CompiledBackend(pipeline)
+    twin = backend._step.__self__  # pyright: ignore[reportOptionalMemberAccess]  (a method's owner)
+    assert twin is not dit and len(twin.blocks) == len(dit.blocks)
+    for own, block in zip(twin.blocks, dit.blocks, strict=True):
+        assert own._compiled_call_impl is not None and block._compiled_call_impl is None
+    shared = dict(twin.named_parameters())
+    assert shared.keys() == dict(dit.named_parameters()).keys()
+    assert all(parameter is shared[name] for name, parameter in dit.named_parameters())
+    assert list(dit.state_dict()) == list(twin.state_dict())
