@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clipdit.testing import tiny_checkpoint
-from clipdit_export import assembly
+from clipdit_export import assembly, processor
 from clipdit_export.build import build
 from clipdit_export.order import Order
 from clipdit_export.precision.recipe import default_recipe
@@ -17,6 +17,18 @@ def short_timings() -> Iterator[None]:
     """Nothing here asks which variant is faster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assembly, "SECONDS", 0.2)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def dot_products(tmp_path_factory) -> Iterator[None]:
+    """What is opened first does not depend on the CPU that tests run on; test_processor.py says what does."""
+    with pytest.MonkeyPatch.context() as patch:
+        if processor.CPUINFO.exists():
+            text = processor.CPUINFO.read_text(encoding="utf-8")
+            pretended = tmp_path_factory.mktemp("processor") / "cpuinfo"
+            pretended.write_text(f"{text}\nflags : avx512_vnni\n", encoding="utf-8")
+            patch.setattr(processor, "CPUINFO", pretended)
         yield
 
 

@@ -1,5 +1,8 @@
 """Graphs of a few nodes, with all the patterns of a DiT's block."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
@@ -45,3 +48,17 @@ def feeds(count: int = 3, batch: int = 4, seed: int = 1) -> list[dict[str, np.nd
         x, gate = (generator.standard_normal(shape).astype(np.float32) for shape in ((batch, 8, 32), (batch, 1, 32)))
         found.append({"x": x, "gate": gate, "scale": scale})
     return found
+
+
+def as_written(model: ir.Model, calls: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """Outputs of a quantised graph with every node computed as it stands: on any CPU the same, where the 8-bit products that a
+    runtime would make of it overflow on some (clipdit_export.processor)."""
+    import onnxruntime
+
+    with TemporaryDirectory() as folder:
+        ir.save(model, Path(folder, "model.onnx"))
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        session = onnxruntime.InferenceSession(str(Path(folder, "model.onnx")), options, providers=["CPUExecutionProvider"])
+        read, made = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
+        return [dict(zip(made, session.run(made, {name: call[name] for name in read}), strict=True)) for call in calls]
