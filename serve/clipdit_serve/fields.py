@@ -19,21 +19,24 @@ def _no_text(value: Any) -> Any:
     return None if value == "" else value
 
 
+OrNothing = BeforeValidator(_no_text)
+
+# The bounds belong to the number inside: pydantic would apply those of the whole to None, too.
 Seed = Annotated[
-    int | None,
-    BeforeValidator(_no_text),
-    Field(ge=0, le=MAX_SEED, description="Same image, seed and settings, same answer. Drawn if left out; the answer tells it."),
+    Annotated[int, Field(ge=0, le=MAX_SEED)] | None,
+    OrNothing,
+    Field(description="Same image, seed and settings, same answer. Drawn if left out; the answer tells it."),
 ]
 Guidance = Annotated[
-    float | None,
-    BeforeValidator(_no_text),
-    Field(ge=-100, le=100, allow_inf_nan=False, description="Scale of classifier-free guidance; 1 is none, at half the cost."),
+    Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] | None,
+    OrNothing,
+    Field(description="Scale of classifier-free guidance; 1 is none, at half the cost."),
 ]
 Steps = Annotated[
-    int | None, BeforeValidator(_no_text), Field(ge=1, description="Solver steps; the model's default if left out.")
+    Annotated[int, Field(ge=1)] | None, OrNothing, Field(description="Solver steps; the model's default if left out.")
 ]
 Quality = Annotated[int, Field(ge=0, le=100, description="Of webp and jpeg.")]
-ModelName = Annotated[str | None, BeforeValidator(_no_text), Field(description="As GET /v1/models names it.")]
+ModelName = Annotated[str | None, OrNothing, Field(description="As GET /v1/models names it.")]
 
 
 class TranslateFields(BaseModel):

@@ -82,4 +82,4 @@ class Record:
             self._metrics.request(route, status, code, seconds)
             if scope["path"] not in HEALTH or status >= 500:
                 fields = {"request_id": id, "route": route, "status": status, "error": code, "ms": round(1000 * seconds, 3)}
-                logger.info("%s %s %d %s", scope["method"], route, status, code or "", extra=fields)
+                logger.info("%s %s %s", scope["method"], route, f"{status} {code}" if code else status, extra=fields)

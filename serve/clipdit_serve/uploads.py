@@ -125,20 +125,16 @@ class Reading:
         return b"".join([chunk async for chunk in self._stream(request)])
 
     async def _form(self, request: Request) -> Body:
-        parser = _InMemory(
+        parser = MultiPartParser(
             request.headers,
             self._stream(request),
             max_files=MAX_FILES,
             max_fields=MAX_FIELDS,
             max_part_size=MAX_FIELD_BYTES,
         )
-        parser.spool_max_size = self._reader.max_bytes + 1
+        parser.spool_max_size = self._reader.max_bytes + 1  # so that no upload is written to a temporary file
         form = await parser.parse()
         return await _sorted_out(form.multi_items())
-
-
-class _InMemory(MultiPartParser):
-    """Starlette's, without temporary files: `spool_max_size` is set to what a body may have."""
 
 
 async def _sorted_out(items: list[tuple[str, UploadFile | str]]) -> Body:

@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+import tempfile
 from collections.abc import AsyncIterator
 
 import pytest
+import torch
 from serving import PNG, Identity, numbered, png, served
 
+from clipdit.images import image_size
 from clipdit_serve.app import create_app
 from clipdit_serve.batching import InProcessEngine
 from clipdit_serve.errors import ApiError
@@ -157,6 +160,23 @@ async def test_while_the_queue_is_full_no_body_is_read(decoder):
         sent = await send(application, "/v1/translate", PNG, repeated(bytes(CHUNK), 100))
         assert (sent.status, sent.code, sent.taken) == (429, "queue_full", 0)
         engine._admitted = 0
+
+
+async def test_no_upload_is_written_to_a_disk(decoder, monkeypatch: pytest.MonkeyPatch):
+    def to_disk(*_) -> None:
+        raise AssertionError("a temporary file")
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", to_disk)
+    noise = torch.randint(0, 256, (3, 1500, 1000), dtype=torch.uint8)
+    image = png(noise)
+    assert len(image) > 4 * 2**20
+    async with served(Identity(), ServeSettings(), decoder) as (client, _):
+        for answer in (
+            await client.post("/v1/translate", files={"image": ("a.png", image)}, headers={"accept": "image/jpeg"}),
+            await client.post("/v1/translate", content=image, headers=PNG | {"accept": "image/jpeg"}),
+        ):
+            assert answer.status_code == 200
+            assert image_size(answer.content) == (1500, 1000)
 
 
 async def test_all_bodies_together_have_a_limit_and_give_their_room_back():

@@ -129,6 +129,16 @@ async def test_a_field_that_is_unknown_or_wrong_is_named(query: str, wanted: tup
             assert code(form) == wanted
 
 
+async def test_an_empty_field_counts_as_left_out(decoder):
+    empty = {"seed": "", "steps": "", "guidance": "", "model": ""}
+    async with served(Identity(), ServeSettings(), decoder) as (client, _):
+        form = await client.post("/v1/translate", files={"image": ("a.png", IMAGE)}, data=empty)
+        query = await client.post("/v1/translate", params=empty, content=IMAGE, headers=PNG)
+        fields = {"seed": "", "num_inference_steps": "", "guidance_scale": "", "model": "", "prompt": ""}
+        edit = await client.post("/v1/images/edits", files={"image": ("a.png", IMAGE)}, data=fields)
+    assert [answer.status_code for answer in (form, query, edit)] == [200, 200, 200], (form.text, query.text)
+
+
 async def test_seeds_at_the_ends_of_their_range_are_taken(decoder):
     async with served(Translator(FakeBackend()), ServeSettings(), decoder) as (client, _):
         for seed in (0, 2**63 - 1):
