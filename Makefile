@@ -17,7 +17,7 @@ help:
 	@echo "make mutants    bugs put into the kernels one by one: the tests must find each"
 	@echo "make lint       style, types and import rules (\`make test\` checks them too)"
 	@echo "make format     put the style right"
-	@echo "make picture    draw the README's picture anew, from a demo"
+	@echo "make picture    make the README's pictures anew, from a demo and with Chromium"
 	@echo "make freeze     write the versions that .venv holds now to constraints.txt"
 	@echo "make clean      remove .venv and caches"
 
@@ -45,6 +45,7 @@ format: .venv/installed
 
 picture: demo
 	cp demo/sheet.png docs/images/edges2emoji.png
+	$(TEST_ENV) CLIPDIT_SCREENSHOT=docs/images/page.png $(BIN)/pytest -q tests/serve/test_in_a_browser.py -k drawing
 
 # Without `+cpu` and the like: that part names a download, not a version.
 freeze: .venv/installed

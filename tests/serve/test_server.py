@@ -5,14 +5,12 @@ import base64
 import contextlib
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,49 +19,16 @@ import httpx2
 import openai
 import pytest
 import torch
-from serving import PNG, numbered, png
+from serving import PNG, Running, numbered, png
 
 from clipdit import cli
 from clipdit.fake_backend import FakeBackend
 from clipdit.images import read_image
 from clipdit.translator import Translator
 
-CLIPDIT = Path(sys.executable).with_name("clipdit")
 PAGE = Path(__file__).parents[2] / "docs" / "serve.md"
 IMAGE = png(numbered(7))
 KEY = "a-key-of-a-test"
-
-
-class Running:
-    """A service in a process of its own."""
-
-    def __init__(self, *words: str, environment: dict[str, str] | None = None):
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  a pipe that nobody reads would block it
-        self.process = subprocess.Popen(
-            [CLIPDIT, "serve", "--backend", "fake", "--port", "0", "--json", *words],
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
-        )
-        assert self.process.stdout is not None
-        self.line = self.process.stdout.readline()
-        assert self.line, self.stop()
-        self.url = json.loads(self.line)["url"]
-
-    @property
-    def address(self) -> tuple[str, int]:
-        host, _, port = self.url.removeprefix("http://").partition(":")
-        return host, int(port)
-
-    def stop(self) -> list[dict]:
-        """Its log."""
-        self.process.kill()
-        self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-        self._log.seek(0)
-        return [json.loads(line) for line in self._log]
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,14 @@
 
 import asyncio
 import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -17,6 +23,8 @@ from clipdit_serve.app import create_app
 from clipdit_serve.batching import InProcessEngine, Model
 from clipdit_serve.decoding import DecodePool, Upload
 from clipdit_serve.settings import ServeSettings
+
+CLIPDIT = Path(sys.executable).with_name("clipdit")
 
 SIDE = 64
 """Of the models' and the numbered images, pixels."""
@@ -123,3 +131,35 @@ def png(image: torch.Tensor) -> bytes:
 
 PNG = {"content-type": "image/png"}
 """Headers of a body that is a PNG."""
+
+
+class Running:
+    """A service in a process of its own."""
+
+    def __init__(self, *words: str, backend: str = "fake", environment: dict[str, str] | None = None):
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  a pipe that nobody reads would block it
+        self.process = subprocess.Popen(
+            [CLIPDIT, "serve", "--backend", backend, "--port", "0", "--json", *words],
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+        )
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline()
+        assert self.line, self.stop()
+        self.url = json.loads(self.line)["url"]
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+    def stop(self) -> list[dict]:
+        """Its log."""
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self._log.seek(0)
+        return [json.loads(line) for line in self._log]
