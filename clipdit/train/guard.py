@@ -119,11 +119,16 @@ def check_plan(settings: "TrainSettings", minutes: float | None, processes: int)
         )
 
 
+ADDED_LATER = {"train.fused": False, "model.mlp": "gelu"}
+"""Settings that runs begun before them do not name, with what such a run does."""
+
+
 def check_same_experiment(stored: str, wanted: dict) -> None:
     """ValueError naming the first setting in which a run would be resumed differently from how it began.
 
     Only train.steps may change: a run can be prolonged. `data`, what it learns from, is compared where both sides tell it."""
     before, now = flat(json.loads(stored)), flat(json.loads(json.dumps(wanted)))
+    before = {name: value for name, value in ADDED_LATER.items() if name in now} | before
     for name in before | now:
         untold = name.startswith("data.") and not (name in before and name in now)
         if before.get(name) != now.get(name) and name != "train.steps" and not untold:

@@ -59,12 +59,13 @@ def fastest_peer(entry: Record) -> str | None:
 
 
 def wins(entry: Record) -> bool | None:
-    """Whether ours is faster than the fastest peer by more than twice the spread of either; None: by less, or no peer ran."""
+    """Whether ours is faster than the fastest peer, or slower, by more than the spread of either (10th to 90th percentile); None:
+    by less, or no peer ran."""
     peer = fastest_peer(entry)
     if peer is None:
         return None
     ours, other = (entry["rivals"][name]["us"] for name in (OURS, peer))
-    margin = 2 * max((us["high"] - us["low"]) / 2 for us in (ours, other))
+    margin = max(us["high"] - us["low"] for us in (ours, other))
     return None if abs(ours["median"] - other["median"]) <= margin else ours["median"] < other["median"]
 
 

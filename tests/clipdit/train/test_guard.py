@@ -124,3 +124,11 @@ def test_two_runs_cannot_write_into_one_folder(tmp_path: Path):
             pass
     with alone_in(tmp_path / "run"):
         pass
+
+
+def test_a_setting_that_came_later_does_not_stop_an_older_run():
+    began = json.dumps({"train": {"lr": 1.0}, "model": {"width": 32}})
+    check_same_experiment(began, {"train": {"lr": 1.0, "fused": False}, "model": {"width": 32, "mlp": "gelu"}})
+    check_same_experiment('{"train": {"lr": 1.0}}', {"train": {"lr": 1.0, "fused": False}})  # one without a DiT
+    with pytest.raises(ValueError, match=r"the run began with model\.mlp = 'gelu', now it is 'swiglu'"):
+        check_same_experiment(began, {"train": {"lr": 1.0, "fused": False}, "model": {"width": 32, "mlp": "swiglu"}})
