@@ -248,13 +248,13 @@ class CompiledBackend(EagerBackend):
         return f"torch.compile cannot build kernels here: {missing}" if missing else super().why_not(folder)
 
     def _build_step(self, dit: DiT) -> Step:
-        twin = _with_blocks_of_its_own(dit)
+        twin = with_blocks_of_its_own(dit)
         for block in twin.blocks:
             block.compile(dynamic=None)  # the second batch size compiles once more, for any size; the third does not
         return super()._build_step(twin)
 
 
-def _with_blocks_of_its_own(dit: DiT) -> DiT:
+def with_blocks_of_its_own(dit: DiT) -> DiT:
     """The same network, parameters shared, whose blocks can be compiled while those of `dit` stay as they are."""
     twin = copy.copy(dit)
     twin._modules = dit._modules | {"blocks": nn.ModuleList(copy.copy(block) for block in dit.blocks)}

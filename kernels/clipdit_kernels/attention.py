@@ -1,26 +1,40 @@
 """softmax(q k^T / sqrt(d)) v over all heads, read from where the projections left it and written as the next one wants it.
 
-Queries, keys and values are (B, N, heads d) with any distance between rows, so a packed projection needs no copies; QK-norm
-(Dehghani et al. 2023) and rotary positions (Su et al. 2021) are done on the way in. Online softmax (Milakov & Gimelshein 2018;
-Dao et al. 2022) in float32, with 2^x.
+Queries, keys and values are (B, N, heads d) with any distance between rows, so a packed projection needs no copies. Online softmax
+(Milakov & Gimelshein 2018; Dao et al. 2022) in float32, with 2^x. QK-norm and rotary positions come before it, in one pass of
+their own (clipdit_kernels.rotary): done on the way in, every program did them again for all keys, which took 2.5 times as long.
 
 A head that is no power of two wide is read in two parts, the largest power of two in it and the rest: 72 is 64 + 16, which
 multiplies 1.1 times the numbers there are, where 128 would be 1.8 times.
+
+A kernel that is alone on the GPU is faster than what PyTorch brings; one of many programs is not, see `ours_is_faster`.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from clipdit.model import ops as plain
-from clipdit_kernels.launch import FLOATS, TYPES, interpreted, launch, not_multiplied, of_device, on_cpu, require
+from clipdit.torch_backend import attention_order
+from clipdit_kernels import rotary
+from clipdit_kernels.launch import FLOATS, TYPES, interpreted, launch, not_multiplied, of_device, on_cpu, parts_of, require
 
 HEAD_WIDTHS = (16, 256)
 """Narrowest and widest head; a tensor core multiplies 16 at a time."""
 LONGEST = 65_536
 """Tokens of a sequence."""
+BLOCK_Q = 64
+"""Queries that a program holds."""
+AT_ONCE = 264
+"""Programs: two for each multiprocessor of an H200."""
 _LOG2_E = 1.4426950408889634
+
+Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 @triton.jit
@@ -31,42 +45,9 @@ def read(pointer, rows, stride, limit, columns, D: tl.constexpr):
 
 
 @triton.jit
-def prepared(
-    pointer, rows, stride, limit, columns, inverse, weight, cos, sin,
-    D: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr,
-):  # fmt: skip
-    """`read`, in float32, with QK-norm and rotary positions. `inverse` is 1 / rms of the rows."""
-    x = read(pointer, rows, stride, limit, columns, D).to(tl.float32)
-    inside = columns < D
-    if NORM:
-        x *= inverse[:, None] * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if ROTARY:
-        half: tl.constexpr = D // 2
-        others = tl.where(columns < half, columns + half, columns - half)
-        y = read(pointer, rows, stride, limit, others, D).to(tl.float32)
-        if NORM:
-            y *= inverse[:, None] * tl.load(weight + others, mask=inside, other=0.0).to(tl.float32)[None, :]
-        y = tl.where((columns < half)[None, :], -y, y)
-        x = x * read(cos, rows, D, limit, columns, D) + y * read(sin, rows, D, limit, columns, D)
-    return x
-
-
-@triton.jit
-def inverse_rms(pointer, rows, stride, limit, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, EPS: tl.constexpr):
-    x = read(pointer, rows, stride, limit, tl.arange(0, D1), D).to(tl.float32)
-    squares = tl.sum(x * x, axis=1)
-    if D2 > 0:
-        x = read(pointer, rows, stride, limit, D1 + tl.arange(0, D2), D).to(tl.float32)
-        squares += tl.sum(x * x, axis=1)
-    return tl.rsqrt(squares / D + EPS)
-
-
-@triton.jit
 def forward_kernel(
-    q, k, v, out, q_weight, k_weight, cos, sin,
-    heads, q_rows, k_rows, q_batch, q_stride, k_batch, k_stride, v_batch, v_stride, scale,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    NORM: tl.constexpr, ROTARY: tl.constexpr, EPS: tl.constexpr, DOT: tl.constexpr,
+    q, k, v, out, heads, q_rows, k_rows, q_batch, q_stride, k_batch, k_stride, v_batch, v_stride, scale,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """`DOT` is what products are computed in: the type of q, except in the interpreter, which cannot multiply bfloat16."""
     image, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
@@ -77,31 +58,22 @@ def forward_kernel(
     first = tl.arange(0, D1)
     dtype = v.dtype.element_ty
 
-    inverse = rows.to(tl.float32)
-    if NORM:
-        inverse = inverse_rms(q, rows, q_stride, q_rows, D, D1, D2, EPS)
-    q1 = prepared(q, rows, q_stride, q_rows, first, inverse, q_weight, cos, sin, D, NORM, ROTARY)
-    q1 = (q1 * scale).to(dtype).to(DOT)
+    q1 = read(q, rows, q_stride, q_rows, first, D).to(DOT)
     best = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     sum1 = tl.zeros((BLOCK_Q, D1), tl.float32)
     if D2 > 0:
         second = D1 + tl.arange(0, D2)
-        q2 = prepared(q, rows, q_stride, q_rows, second, inverse, q_weight, cos, sin, D, NORM, ROTARY)
-        q2 = (q2 * scale).to(dtype).to(DOT)
+        q2 = read(q, rows, q_stride, q_rows, second, D).to(DOT)
         sum2 = tl.zeros((BLOCK_Q, D2), tl.float32)
 
     for start in range(0, k_rows, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
-        inverse_k = keys.to(tl.float32)
-        if NORM:
-            inverse_k = inverse_rms(k, keys, k_stride, k_rows, D, D1, D2, EPS)
-        k1 = prepared(k, keys, k_stride, k_rows, first, inverse_k, k_weight, cos, sin, D, NORM, ROTARY).to(dtype).to(DOT)
-        scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+        scores = tl.dot(q1, tl.trans(read(k, keys, k_stride, k_rows, first, D).to(DOT)), input_precision="ieee")
         if D2 > 0:
-            k2 = prepared(k, keys, k_stride, k_rows, second, inverse_k, k_weight, cos, sin, D, NORM, ROTARY).to(dtype).to(DOT)
-            scores += tl.dot(q2, tl.trans(k2), input_precision="ieee")
-        scores = tl.where((keys < k_rows)[None, :], scores, float("-inf"))
+            scores += tl.dot(q2, tl.trans(read(k, keys, k_stride, k_rows, second, D).to(DOT)), input_precision="ieee")
+        # scaled here, not in q, which would be rounded once more
+        scores = tl.where((keys < k_rows)[None, :], scores * scale, float("-inf"))
         higher = tl.maximum(best, tl.max(scores, axis=1))
         shrink = tl.exp2(best - higher)
         shares = tl.exp2(scores - higher[:, None])
@@ -120,23 +92,18 @@ def forward_kernel(
         tl.store(out + at + second[None, :], (sum2 / total[:, None]).to(dtype), mask=inside)
 
 
-def parts_of(head_width: int) -> tuple[int, int]:
-    """(D1, D2): the largest power of two in a head's width, and the power of two, at least 16, that holds the rest; 0 is none."""
-    first = 1 << (head_width.bit_length() - 1)
-    rest = head_width - first
-    return first, max(16, triton.next_power_of_2(rest)) if rest else 0
-
-
-def tile(head_width: int, rows: int) -> dict[str, int]:
-    """Queries and keys that a program holds, and its warps: wide heads leave room for fewer, and so do heads in two parts, which
-    with 64 keys spill registers on Ampere and on Blackwell's small cards."""
+def tile(head_width: int) -> dict[str, int]:
+    """Queries and keys that a program holds, and its warps. A wide head leaves room for fewer keys."""
     if head_width > 128:
-        return {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
-    if parts_of(head_width)[1]:
-        return {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    if rows <= 64:
-        return {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_Q": BLOCK_Q, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_Q": BLOCK_Q, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+
+
+def ours_is_faster(batch: int, heads: int, rows: int) -> bool:
+    """Whether the kernel is, against the best attention of PyTorch. On an H200 it was where all programs run at once (up to 128
+    of them; cuDNN took 1.2 to 1.3 times as long), and cuDNN from 384 of them on (the kernel: 1.02 to 1.5 times; docs/kernels.md).
+    Measured there alone; elsewhere this is a guess."""
+    return batch * heads * triton.cdiv(rows, BLOCK_Q) <= AT_ONCE
 
 
 def _rows(tensor: Tensor, heads: int, *, like: Tensor | None = None) -> str | None:
@@ -171,37 +138,49 @@ def _vector(tensor: Tensor | None, shape: tuple[int, ...], q: Tensor) -> str | N
     return of_device(tensor, q)
 
 
-def _launch(
-    q: Tensor, k: Tensor, v: Tensor, heads: int,
-    q_weight: Tensor | None = None, k_weight: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
-    eps: float = 1e-6,
-) -> Tensor:  # fmt: skip
+def _launch(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     batch, rows, width = q.shape
     d = width // heads
-    first, rest = parts_of(d)
+    first, rest = parts_of(d, 16)
     out = torch.empty(batch, rows, width, dtype=q.dtype, device=q.device)
-    config = tile(d, rows)
     launch(
-        forward_kernel, (triton.cdiv(rows, config["BLOCK_Q"]), batch * heads),
-        q, k, v, out, q_weight, k_weight, cos, sin,
-        heads, rows, k.shape[1], q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), d**-0.5 * _LOG2_E,
-        D=d, D1=first, D2=rest, NORM=q_weight is not None, ROTARY=cos is not None, EPS=eps,
-        DOT=tl.float32 if interpreted() else TYPES[q.dtype], **config,
+        forward_kernel, (triton.cdiv(rows, BLOCK_Q), batch * heads),
+        q, k, v, out, heads, rows, k.shape[1],
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), d**-0.5 * _LOG2_E,
+        D=d, D1=first, D2=rest, DOT=tl.float32 if interpreted() else TYPES[q.dtype], **tile(d),
     )  # fmt: skip
     return out
 
 
-def _launch_cross(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Whichever is faster."""
+    if interpreted() or ours_is_faster(len(q), heads, q.shape[1]):
+        return _launch(q, k, v, heads)
+    q, k, v = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (q, k, v))
+    order = attention_order(q.device)
+    if not order:
+        return _rows_again(F.scaled_dot_product_attention(q, k, v))
+    with sdpa_kernel(order, set_priority=True):
+        return _rows_again(F.scaled_dot_product_attention(q, k, v))
+
+
+def _rows_again(out: Tensor) -> Tensor:
+    """(B, heads, N, d) to (B, N, heads d)."""
+    return out.transpose(1, 2).flatten(2)
+
+
+def _launch_cross(q: Tensor, k: Tensor, v: Tensor, heads: int, attend: Attend = _launch) -> Tensor:
     require("attention", heads=None if heads > 0 else f"is {heads}; wanted at least 1")
     require("attention", q=_rows(q, heads))
     require("attention", k=_rows(k, heads, like=q), v=_rows(v, heads, like=q))
     require("attention", v=None if v.shape == k.shape else f"has shape {tuple(v.shape)}; wanted {tuple(k.shape)}, that of k")
-    return _launch(q, k, v, heads)
+    return attend(q, k, v, heads)
 
 
 def _launch_packed(
-    qkv: Tensor, heads: int, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None
-) -> Tensor:
+    qkv: Tensor, heads: int, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    attend: Attend = _launch,
+) -> Tensor:  # fmt: skip
     wide = qkv.ndim == 3 and qkv.shape[2] % 3 == 0
     require("qkv_attention", qkv=None if wide else f"has shape {tuple(qkv.shape)}; wanted (B, N, 3 heads d)")
     q, k, v = qkv.chunk(3, dim=-1)
@@ -215,13 +194,15 @@ def _launch_packed(
         k_weight=_vector(k_weight, (d,), q),
         rotary=floats or _vector(cos, positions, q) or _vector(sin, positions, q),
     )
-    return _launch(q, k, v, heads, q_weight, k_weight, cos, sin)
+    if q_weight is not None or cos is not None:
+        q, k = rotary._launch(qkv, heads, q_weight, k_weight, cos, sin)
+    return attend(q, k, v, heads)
 
 
 @torch.library.custom_op("clipdit::attention", mutates_args=(), device_types="cuda")
 def cross(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """See `clipdit.model.ops.attention`."""
-    return _launch_cross(q, k, v, heads)
+    return _launch_cross(q, k, v, heads, _attend)
 
 
 @torch.library.custom_op("clipdit::qkv_attention", mutates_args=(), device_types="cuda")
@@ -229,7 +210,7 @@ def packed(
     qkv: Tensor, heads: int, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None
 ) -> Tensor:
     """See `clipdit.model.ops.qkv_attention`."""
-    return _launch_packed(qkv, heads, q_weight, k_weight, cos, sin)
+    return _launch_packed(qkv, heads, q_weight, k_weight, cos, sin, _attend)
 
 
 def _plain_cross(q, k, v, heads):

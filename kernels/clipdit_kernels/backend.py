@@ -8,14 +8,12 @@ import torch
 from clipdit.graphed_backend import GraphedBackend
 from clipdit.pipeline import ClipDiTPipeline
 from clipdit.torch_backend import best_device
-from clipdit_kernels import fused
+from clipdit_kernels import fp8, fused
 from clipdit_kernels.launch import interpreted, why_not_here
-from clipdit_kernels.quantized import FUSED_INT8, quantize
+from clipdit_kernels.quantized import VARIANTS as IN_8_BITS
+from clipdit_kernels.quantized import LowOps, quantize
 
 logger = logging.getLogger(__name__)
-
-INT8 = "int8"
-"""The variant whose products are of 8-bit integers; see clipdit_kernels.quantized."""
 
 
 class TritonBackend(GraphedBackend):
@@ -24,13 +22,17 @@ class TritonBackend(GraphedBackend):
     name = "triton"
     guided_step = staticmethod(fused.guided_step)
 
-    def __init__(self, pipeline: ClipDiTPipeline, *, folder: Path | None = None, int8: bool = False):
-        """`int8` changes the pipeline's DiT for good. ValueError for a model that it does not take."""
+    def __init__(self, pipeline: ClipDiTPipeline, *, folder: Path | None = None, low: LowOps | None = None):
+        """`low` is how to multiply numbers of 8 bits; it changes the pipeline's DiT for good. ValueError for a model that it does
+        not take, or a GPU that does not multiply them."""
         ops, self.left_plain = fused.fused_for(pipeline.transformer)
         for name, reason in self.left_plain.items():
             logger.info("%s stays plain: %s", name, reason)
-        if int8:
-            quantize(pipeline.transformer, ops, FUSED_INT8)
+        if low is not None:
+            dit = pipeline.transformer
+            if low.name == "fp8" and (reason := fp8.why_not_on(dit.device, dit.dtype)) is not None:
+                raise ValueError(reason)
+            quantize(dit, ops, low)
         else:
             pipeline.transformer.use(ops)
         super().__init__(pipeline, folder=folder)
@@ -45,7 +47,7 @@ class TritonBackend(GraphedBackend):
 
     @classmethod
     def variants(cls, folder: Path) -> list[str]:
-        return [*super().variants(folder), INT8]
+        return [*super().variants(folder), *IN_8_BITS]
 
     @classmethod
     def open(
@@ -56,9 +58,9 @@ class TritonBackend(GraphedBackend):
         dtype: torch.dtype | None = None,
         variant: str | None = None,
     ) -> "TritonBackend":
-        """See `EagerBackend.open`; `variant` "int8" computes what is not in 8 bits in `dtype`. ValueError for a device that
-        kernels do not run on, or a model that has no int8."""
-        int8 = variant == INT8
-        opened = super().open(folder, device=device, dtype=dtype, variant=None if int8 else variant)
+        """See `EagerBackend.open`; `variant` "int8" or "fp8" computes what is not in 8 bits in `dtype`. ValueError for a device
+        that kernels do not run on, or a model that has no such variant."""
+        low = IN_8_BITS.get(variant or "")
+        opened = super().open(folder, device=device, dtype=dtype, variant=variant if low is None else None)
         assert isinstance(opened, TritonBackend)
-        return cls(opened._pipeline, folder=folder, int8=True) if int8 else opened
+        return opened if low is None else cls(opened._pipeline, folder=folder, low=low)

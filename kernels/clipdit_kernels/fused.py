@@ -100,8 +100,7 @@ def fused_for(dit: DiT) -> tuple[Ops, dict[str, str]]:
     head = config["width"] // config["heads"]
     low, high = attentions.HEAD_WIDTHS
     if (reason := not_multiplied(dit.dtype)) is not None:
-        mlp_kind = f"{config['mlp']}_mlp"
-        left |= dict.fromkeys((mlp_kind, "attention", "qkv_attention"), f"the model {reason}")
+        left |= dict.fromkeys(("attention", "qkv_attention"), f"the model {reason}")
     if not low <= head <= high:
         left |= dict.fromkeys(("attention", "qkv_attention"), f"a head is {head} wide; the kernel takes {low} to {high}")
     if config["width"] > norms.WIDEST:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
@@ -94,6 +95,12 @@ def of_device(tensor: Tensor, other: Tensor | None) -> str | None:
     if other is not None and tensor.device != other.device:
         return f"is on {tensor.device}; wanted {other.device}, where the others are"
     return None
+
+
+def parts_of(width: int, least: int = 1) -> tuple[int, int]:
+    """The largest power of two in a width, and the power of two, `least` or more, that holds the rest; 0 is none."""
+    first = 1 << (width.bit_length() - 1)
+    return first, max(least, triton.next_power_of_2(width - first)) if width > first else 0
 
 
 def warps_for(block: int) -> int:

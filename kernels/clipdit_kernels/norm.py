@@ -2,8 +2,10 @@
 
     residual + gate * (branch)  ->  LayerNorm or RMSNorm without parameters  ->  * (1 + scale) + shift
 
-One program a row: it is read once, held in registers in float32, and written once for each output. The variance is that of the
-differences from the mean, not a difference of squares, which loses everything where the mean is large.
+One program a row: it is read once, held in registers in float32, and written once for each output. A row that is no power of two
+wide is held in two parts, the largest power of two in it and the rest: 1152 are 1024 + 128, where 2048 would leave almost half of
+the threads idle. The variance is that of the differences from the mean, not a difference of squares, which loses everything where
+the mean is large.
 """
 
 import torch
@@ -11,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clipdit.model import fp8_ops as plain_fp8
 from clipdit.model import int8_ops as plain_int8
 from clipdit.model import ops as plain
+from clipdit.model.fp8_ops import LARGEST
 from clipdit.model.int8_ops import GROUP, LEAST
-from clipdit_kernels.launch import launch, on_cpu, per_image, require, rows_of, warps_for
+from clipdit_kernels.launch import launch, on_cpu, parts_of, per_image, require, rows_of, warps_for
 
 WIDEST = 8192
 """Numbers of a row that one program holds in registers."""
@@ -23,41 +27,94 @@ BACKWARD_ROWS = 16
 
 
 @triton.jit
+def updated(
+    residual, branch, gate, out_residual, at, gate_at, columns, inside, HAS_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr
+):  # fmt: skip
+    """The new residual, which is stored. What is normalised is what the next branch will find there: rounded as it is stored."""
+    x = tl.load(residual + at + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        y = tl.load(branch + at + columns, mask=inside, other=0.0).to(tl.float32)
+        if HAS_GATE:
+            y *= tl.load(gate + gate_at + columns, mask=inside, other=0.0).to(tl.float32)
+        stored = (x + y).to(out_residual.dtype.element_ty)
+        tl.store(out_residual + at + columns, stored, mask=inside)
+        x = stored.to(tl.float32)
+    return x
+
+
+@triton.jit
+def modulated(x, shift, scale, shift_at, scale_at, columns, inside):
+    factor = tl.load(scale + scale_at + columns, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.load(shift + shift_at + columns, mask=inside, other=0.0).to(tl.float32)
+    return x * (1.0 + factor) + offset
+
+
+@triton.jit
+def store_groups(
+    out, out_scales, x, columns, inside, first, D: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr, LEAST: tl.constexpr
+):  # fmt: skip
+    """SIZE numbers in 8 bits, with the scales of their groups, of which the first is the row's `first`."""
+    grouped = tl.reshape(x, (SIZE // GROUP, GROUP))
+    largest = tl.maximum(tl.max(tl.abs(grouped), axis=1), LEAST)
+    group = first + tl.arange(0, SIZE // GROUP)
+    tl.store(out_scales + group, largest / 127.0, mask=group < D // GROUP)
+    numbers = tl.floor(grouped * (127.0 / largest)[:, None] + 0.5).to(tl.int8)
+    tl.store(out + columns, tl.reshape(numbers, (SIZE,)), mask=inside)
+
+
+@triton.jit
 def forward_kernel(
     residual, branch, gate, shift, scale, out_residual, out_normed, out_scales,
     rows_per_image, gate_stride, shift_stride, scale_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr,
-    HAS_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr, HAS_MODULATION: tl.constexpr, GROUP: tl.constexpr, LEAST: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr, HAS_MODULATION: tl.constexpr,
+    GROUP: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    """GROUP numbers of the norm share a scale and leave in 8 bits; 0 leaves them as they are."""
-    row = tl.program_id(0)
-    image = row // rows_per_image
-    columns = tl.arange(0, BLOCK)
-    inside = columns < D
-    at = row.to(tl.int64) * D + columns
-    x = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BRANCH:
-        y = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
-        if HAS_GATE:
-            y *= tl.load(gate + image * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        x += y
-        # what is normalised is what the next branch will find there: rounded as it is stored
-        stored = x.to(out_residual.dtype.element_ty)
-        tl.store(out_residual + at, stored, mask=inside)
-        x = stored.to(tl.float32)
-    centred = x if RMS else tl.where(inside, x - tl.sum(x, axis=0) / D, 0.0)
-    normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / D + EPS)
+    """GROUP numbers of the norm share a scale and leave as 8-bit integers; with LARGEST the whole row shares one and leaves as
+    8-bit floats, of which that is the largest; with 0 and 0 they leave as they are."""
+    image = tl.program_id(0) // rows_per_image
+    at = tl.program_id(0).to(tl.int64) * D
+    gate_at, shift_at, scale_at = image * gate_stride, image * shift_stride, image * scale_stride
+    first = tl.arange(0, D1)
+    x1 = updated(residual, branch, gate, out_residual, at, gate_at, first, first < D, HAS_BRANCH, HAS_GATE)
+    total = tl.sum(x1, axis=0)
+    if D2 > 0:
+        second = D1 + tl.arange(0, D2)
+        x2 = updated(residual, branch, gate, out_residual, at, gate_at, second, second < D, HAS_BRANCH, HAS_GATE)
+        total += tl.sum(x2, axis=0)
+    if not RMS:
+        mean = tl.div_rn(total, D + 0.0)  # exactly: a row of equal numbers has to come out as zeros
+        x1 -= mean
+        if D2 > 0:
+            x2 = tl.where(second < D, x2 - mean, 0.0)
+    squares = tl.sum(x1 * x1, axis=0)
+    if D2 > 0:
+        squares += tl.sum(x2 * x2, axis=0)
+    inverse = tl.rsqrt(squares / D + EPS)
+    x1 *= inverse
     if HAS_MODULATION:
-        factor = tl.load(scale + image * scale_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        offset = tl.load(shift + image * shift_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        normed = normed * (1.0 + factor) + offset
+        x1 = modulated(x1, shift, scale, shift_at, scale_at, first, first < D)
+    if D2 > 0:
+        x2 *= inverse
+        if HAS_MODULATION:
+            x2 = modulated(x2, shift, scale, shift_at, scale_at, second, second < D)
+    out_normed += at
     if GROUP > 0:
-        grouped = tl.reshape(normed, (BLOCK // GROUP, GROUP))
-        largest = tl.maximum(tl.max(tl.abs(grouped), axis=1), LEAST)
-        groups = tl.arange(0, BLOCK // GROUP)
-        tl.store(out_scales + row.to(tl.int64) * (D // GROUP) + groups, largest / 127.0, mask=groups < D // GROUP)
-        normed = tl.reshape(tl.floor(grouped * (127.0 / largest)[:, None] + 0.5), (BLOCK,))
-    tl.store(out_normed + at, normed.to(out_normed.dtype.element_ty), mask=inside)
+        out_scales += tl.program_id(0).to(tl.int64) * (D // GROUP)
+        store_groups(out_normed, out_scales, x1, first, first < D, 0, D, D1, GROUP, LEAST)
+        if D2 > 0:
+            store_groups(out_normed, out_scales, x2, second, second < D, D1 // GROUP, D, D2, GROUP, LEAST)
+    else:
+        if LARGEST > 0:
+            largest = tl.maximum(tl.max(tl.abs(x1), axis=0), LEAST)
+            if D2 > 0:
+                largest = tl.maximum(tl.max(tl.abs(x2), axis=0), largest)
+                x2 *= LARGEST / largest
+            x1 *= LARGEST / largest
+            tl.store(out_scales + tl.program_id(0), largest / LARGEST)
+        tl.store(out_normed + first, x1.to(out_normed.dtype.element_ty), mask=first < D)
+        if D2 > 0:
+            tl.store(out_normed + second, x2.to(out_normed.dtype.element_ty), mask=second < D)
 
 
 @triton.jit
@@ -85,7 +142,7 @@ def backward_kernel(
     for row in range(chunk * ROWS, tl.minimum((chunk + 1) * ROWS, rows_per_image)):
         at = (image * rows_per_image + row).to(tl.int64) * D + columns
         x = tl.load(updated + at, mask=inside, other=0.0).to(tl.float32)
-        centred = x if RMS else tl.where(inside, x - tl.sum(x, axis=0) / D, 0.0)
+        centred = x if RMS else tl.where(inside, x - tl.div_rn(tl.sum(x, axis=0), D + 0.0), 0.0)
         inverse = tl.rsqrt(tl.sum(centred * centred, axis=0) / D + EPS)
         normed = centred * inverse
         grad = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
@@ -113,20 +170,23 @@ def backward_kernel(
 
 def _launch(
     residual: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    norm: str, eps: float, group: int = 0,
+    norm: str, eps: float, group: int = 0, floats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(new residual, or the old one where there is no branch; modulated norm; its scales, empty where `group` is 0)."""
+    """(new residual, or the old one where there is no branch; modulated norm; its scales). `group` numbers of the norm share a
+    scale and are 8-bit integers; with `floats` the row does and they are e4m3; else there are no scales."""
     batch, rows, width = residual.shape
-    normed = torch.empty_like(residual, dtype=torch.int8 if group else residual.dtype)
-    scales = torch.empty(batch, rows, width // group if group else 0, dtype=torch.float32, device=residual.device)
+    dtype = torch.int8 if group else torch.float8_e4m3fn if floats else residual.dtype
+    normed = torch.empty_like(residual, dtype=dtype)
+    scales = torch.empty(batch, rows, width // group if group else int(floats), dtype=torch.float32, device=residual.device)
     updated = residual if branch is None else torch.empty_like(residual)
-    block = triton.next_power_of_2(width)
+    first, rest = parts_of(width)
     launch(
         forward_kernel, (batch * rows,),
         residual, branch, gate, shift, scale, updated, normed, scales, rows,
         *(0 if tensor is None else tensor.stride(0) for tensor in (gate, shift, scale)),
-        D=width, BLOCK=block, EPS=eps, RMS=norm == "rms", GROUP=group, LEAST=LEAST,
-        HAS_BRANCH=branch is not None, HAS_GATE=gate is not None, HAS_MODULATION=scale is not None, num_warps=warps_for(block),
+        D=width, D1=first, D2=rest, EPS=eps, RMS=norm == "rms", GROUP=group, LARGEST=LARGEST if floats else 0, LEAST=LEAST,
+        HAS_BRANCH=branch is not None, HAS_GATE=gate is not None, HAS_MODULATION=scale is not None,
+        num_warps=max(1, first // 1024),
     )  # fmt: skip
     return updated, normed, scales
 
@@ -205,6 +265,18 @@ def _launch_norm_int8(x: Tensor, shift: Tensor | None, scale: Tensor | None, nor
     return _launch(x, None, None, shift, scale, norm, eps, group=GROUP)[1:]
 
 
+def _launch_both_fp8(
+    residual: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, norm: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check("gate_residual_norm_modulate", residual, branch, gate, shift, scale, norm)
+    return _launch(residual, branch, gate, shift, scale, norm, eps, floats=True)
+
+
+def _launch_norm_fp8(x: Tensor, shift: Tensor | None, scale: Tensor | None, norm: str, eps: float) -> tuple[Tensor, Tensor]:
+    _check("norm_modulate", x, None, None, shift, scale, norm, called="x")
+    return _launch(x, None, None, shift, scale, norm, eps, floats=True)[1:]
+
+
 def _uneven(x: Tensor) -> str | None:
     return f"has rows of {x.shape[-1]}; wanted a multiple of {GROUP}, which share a scale" if x.shape[-1] % GROUP else None
 
@@ -235,6 +307,20 @@ def both_int8(
 def alone_int8(x: Tensor, shift: Tensor | None, scale: Tensor | None, norm: str, eps: float) -> tuple[Tensor, Tensor]:
     """See `clipdit.model.int8_ops.norm_modulate`: (numbers, scales)."""
     return _launch_norm_int8(x, shift, scale, norm, eps)
+
+
+@torch.library.custom_op("clipdit::gate_residual_norm_modulate_fp8", mutates_args=(), device_types="cuda")
+def both_fp8(
+    residual: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, norm: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `clipdit.model.fp8_ops.gate_residual_norm_modulate`: (new residual, numbers, scales)."""
+    return _launch_both_fp8(residual, branch, gate, shift, scale, norm, eps)
+
+
+@torch.library.custom_op("clipdit::norm_modulate_fp8", mutates_args=(), device_types="cuda")
+def alone_fp8(x: Tensor, shift: Tensor | None, scale: Tensor | None, norm: str, eps: float) -> tuple[Tensor, Tensor]:
+    """See `clipdit.model.fp8_ops.norm_modulate`: (numbers, scales)."""
+    return _launch_norm_fp8(x, shift, scale, norm, eps)
 
 
 @torch.library.custom_op("clipdit::gate_residual_norm_modulate_backward", mutates_args=(), device_types="cuda")
@@ -269,6 +355,19 @@ def _plain_norm_int8(x, shift, scale, norm, eps):
     return tuple(plain_int8.norm_modulate(x, shift, scale, norm=norm, eps=eps))
 
 
+def _plain_both_fp8(residual, branch, gate, shift, scale, norm, eps):
+    residual, rows = plain_fp8.gate_residual_norm_modulate(residual, branch, gate, shift, scale, norm=norm, eps=eps)
+    return residual, *rows
+
+
+def _plain_norm_fp8(x, shift, scale, norm, eps):
+    return tuple(plain_fp8.norm_modulate(x, shift, scale, norm=norm, eps=eps))
+
+
+def _fake_fp8(x):
+    return torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
 def _fake_int8(x):
     return torch.empty_like(x, dtype=torch.int8), x.new_empty(*x.shape[:-1], x.shape[-1] // GROUP, dtype=torch.float32)
 
@@ -299,6 +398,10 @@ both.register_kernel("cpu")(on_cpu(_plain_both, _launch_both))
 alone.register_kernel("cpu")(on_cpu(_plain_norm, _launch_norm))
 both_int8.register_kernel("cpu")(on_cpu(_plain_both_int8, _launch_both_int8))
 alone_int8.register_kernel("cpu")(on_cpu(_plain_norm_int8, _launch_norm_int8))
+both_fp8.register_kernel("cpu")(on_cpu(_plain_both_fp8, _launch_both_fp8))
+alone_fp8.register_kernel("cpu")(on_cpu(_plain_norm_fp8, _launch_norm_fp8))
+both_fp8.register_fake(lambda residual, *_: (torch.empty_like(residual), *_fake_fp8(residual)))
+alone_fp8.register_fake(lambda x, *_: _fake_fp8(x))
 both_int8.register_fake(lambda residual, *_: (torch.empty_like(residual), *_fake_int8(residual)))
 alone_int8.register_fake(lambda x, *_: _fake_int8(x))
 both.register_fake(lambda residual, *_: (torch.empty_like(residual), torch.empty_like(residual)))

@@ -1,4 +1,5 @@
-"""Triton's interpreter rounds to bfloat16 as a GPU does, to the nearest; by itself it cuts off, which is twice as far off."""
+"""Triton's interpreter rounds to bfloat16 and to 8 bits as a GPU does, to the nearest; by itself it cuts off, which is twice as far
+off."""
 
 from importlib.util import find_spec
 
@@ -16,11 +17,12 @@ def rounding_to_the_nearest():
     from triton.runtime import interpreter
 
     cutting_off = interpreter._convert_float
+    rounded = {tl.bfloat16: (torch.bfloat16, torch.uint16), tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8)}
 
     def convert(data, from_type, to_type, mode):
-        if from_type == tl.float32 and to_type == tl.bfloat16:
-            numbers = torch.from_numpy(np.ascontiguousarray(data).view(np.float32))
-            return numbers.bfloat16().view(torch.uint16).numpy()
+        if from_type == tl.float32 and to_type in rounded:
+            dtype, bits = rounded[to_type]
+            return torch.from_numpy(np.ascontiguousarray(data).view(np.float32)).to(dtype).view(bits).numpy()
         return cutting_off(data, from_type, to_type, mode)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from clipdit.model import ops as plain
 from clipdit_kernels import fused
-from clipdit_kernels.attention import parts_of
+from clipdit_kernels.launch import parts_of
 from clipdit_kernels.launch import Unsupported
 
 
@@ -89,7 +89,7 @@ def test_every_image_and_head_reads_its_own():
     "d, parts", [(64, (64, 0)), (72, (64, 16)), (16, (16, 0)), (96, (64, 32)), (80, (64, 16)), (128, (128, 0))]
 )
 def test_a_head_is_read_in_two_powers_of_two(d: int, parts: tuple[int, int]):
-    assert parts_of(d) == parts
+    assert parts_of(d, 16) == parts
 
 
 Q = torch.zeros(2, 4, 64, device=DEVICE, dtype=FINEST)

@@ -14,7 +14,7 @@ from clipdit.pipeline import save_checkpoint
 from clipdit.sampling import flow_table, guide, sample, seeded_noise
 from clipdit.testing import tiny_checkpoint, tiny_pipeline
 from clipdit_kernels import backend as module
-from clipdit_kernels import launch
+from clipdit_kernels import fp8, launch
 from clipdit_kernels.backend import TritonBackend
 from clipdit_kernels.fused import FUSED, fused_for
 
@@ -97,12 +97,13 @@ def test_what_stays_plain_is_said_and_why(monkeypatch):
     assert left == dict.fromkeys(("attention", "qkv_attention"), "a head is 8 wide; the kernel takes 16 to 256")
     assert ops.attention is PLAIN.attention and ops.gelu_mlp is FUSED.gelu_mlp
     monkeypatch.setattr(launch, "interpreted", lambda: False)
-    assert fused_for(dit)[1].keys() == {"attention", "qkv_attention", "gelu_mlp"}  # float32: no tensor core multiplies it
+    assert fused_for(dit)[1].keys() == {"attention", "qkv_attention"}
     assert fused_for(dit.bfloat16())[1].keys() == {"attention", "qkv_attention"}
 
 
 @torch.inference_mode()
-def test_int8_is_a_variant_near_the_others(tmp_path):
+@pytest.mark.parametrize("variant, allowed", [("int8", 0.03), ("fp8", 0.1)])
+def test_8_bits_are_variants_near_the_others(variant: str, allowed: float, tmp_path):
     pipeline = tiny_pipeline()
     dit = DiT(latent_channels=4, width=128, depth=1, heads=2, clip_token_width=24, clip_embedding_width=16)
     for parameter in dit.parameters():
@@ -110,15 +111,27 @@ def test_int8_is_a_variant_near_the_others(tmp_path):
             torch.nn.init.normal_(parameter, std=0.05)
     pipeline.register_modules(transformer=dit.eval())
     save_checkpoint(pipeline, tmp_path / "checkpoint")
-    assert TritonBackend.variants(tmp_path / "checkpoint") == ["fp32", "bf16", "int8"]
+    assert TritonBackend.variants(tmp_path / "checkpoint") == ["fp32", "bf16", "int8", "fp8"]
     noise, images = given(0, 1)
     results = []
-    for variant in ("fp32", "int8"):
-        backend = open_backend(tmp_path / "checkpoint", f"triton:{variant}")
-        results.append(backend.sample(noise, backend.encode(images), flow_table(2), guidance=2.0))
+    for name in ("triton", f"triton:{variant}"):  # of the same type otherwise
+        backend = open_backend(tmp_path / "checkpoint", name)
+        on = noise.to(backend.limits.device)
+        results.append(backend.sample(on, backend.encode(images), flow_table(2), guidance=2.0))
         backend.close()
     drift = (results[1] - results[0]).norm() / results[0].norm()
-    assert 1e-4 < drift < 0.03
+    assert 1e-4 < drift < allowed
+
+
+def test_8_bit_floats_are_refused_where_no_tensor_core_multiplies_them(monkeypatch: pytest.MonkeyPatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert fp8.why_not_on(gpu, torch.bfloat16) == (
+        "this GPU has compute capability 8.6; 8-bit floats want 8.9 (Ada) or later. Use int8"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert "Open it in bfloat16" in str(fp8.why_not_on(gpu, torch.float16))
+    assert fp8.why_not_on(gpu, torch.bfloat16) is None
 
 
 def test_a_model_that_int8_does_not_take_is_refused_when_it_is_opened(tmp_path):

@@ -1,7 +1,7 @@
 """Each fused operation at the sizes of published models, with its peers, and the least that it must move and multiply."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipdit.model import int8_ops, ops
+from clipdit.model import fp8_ops, int8_ops, ops
 from clipdit.model.dit import SIZES
 from clipdit.model.int8_ops import GROUP, Int8Rows, dequantize, quantize_rows, quantize_weight
 from clipdit.sampling import flow_table
-from clipdit_kernels import attention, int8, mlp, norm, solver
+from clipdit_kernels import attention, fp8, int8, mlp, norm, solver
 from clipdit_kernels.benchmark import peers
 from clipdit_kernels.benchmark.timing import Outputs
 
 OURS = "ours"
+KERNEL = "the Triton kernel"
+"""Where ours is whichever was faster: the kernel whether it was or not."""
 CLIP_TOKENS = 257
 """Of CLIP ViT-L/14 at 224 px."""
 CHECKED = 2
@@ -150,6 +152,30 @@ def norm_alone(shape: Shape, dtype: torch.dtype) -> Case:
     )  # fmt: skip
 
 
+def branch_norm_fp8(shape: Shape, dtype: torch.dtype) -> Case:
+    whole = branch_norm(shape, dtype)
+    names = ("residual", "branch", "gate", "shift", "scale")
+
+    def plain(*arguments: Tensor) -> tuple[Tensor, ...]:
+        residual, rows = fp8_ops.gate_residual_norm_modulate(*arguments)
+        return residual, *rows
+
+    def checked(outputs: Outputs) -> Sequence[Tensor]:
+        residual, numbers, scales = outputs
+        return residual[:CHECKED], fp8_ops.dequantize(fp8_ops.Fp8Rows(numbers[:CHECKED], scales[:CHECKED]))
+
+    rivals = {
+        OURS: partial(norm._launch_both_fp8, norm="layer", eps=1e-6),
+        "eager": plain,
+        "Inductor": peers.inductor(plain),
+    }
+    return replace(
+        whole, operation="gate_residual_norm_modulate to fp8",
+        rivals={name: Rival(call=_plainly(call, *names), checked=checked) for name, call in rivals.items()},
+        bytes_moved=shape.rows * shape.width * (3 * dtype.itemsize + 1),
+    )  # fmt: skip
+
+
 def branch_norm_int8(shape: Shape, dtype: torch.dtype) -> Case:
     whole = branch_norm(shape, dtype)
     names = ("residual", "branch", "gate", "shift", "scale")
@@ -191,11 +217,11 @@ def self_attention(shape: Shape, dtype: torch.dtype) -> Case:
     def plain(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return ops.qkv_attention(qkv, heads=heads, q_weight=q_weight, k_weight=k_weight, rotary=(cos, sin))
 
-    def ours(qkv: Tensor, *others: Tensor) -> Tensor:
-        return attention._launch_packed(qkv, heads, *others)
-
     names = ("qkv", "q_weight", "k_weight", "cos", "sin")
-    rivals = {OURS: ours}
+    rivals: dict[str, Callable[..., Tensor]] = {
+        OURS: lambda qkv, *others: attention.packed(qkv, heads, *others),
+        KERNEL: lambda qkv, *others: attention._launch_packed(qkv, heads, *others),
+    }
     rivals |= {f"eager, {name}": peers.with_attention(name, plain) for name in peers.ATTENTIONS}
     rivals |= {f"Inductor, {name}": peers.with_attention(name, peers.inductor(plain)) for name in list(peers.ATTENTIONS)[:2]}
     return Case(
@@ -215,7 +241,10 @@ def _attention(operation: str, shape: Shape, dtype: torch.dtype, make: Callable[
     def with_heads(attend: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> Callable[..., Tensor]:
         return lambda q, k, v: attend(q, k, v, heads)
 
-    rivals: dict[str, Callable[..., Tensor]] = {OURS: with_heads(attention._launch_cross)}
+    rivals: dict[str, Callable[..., Tensor]] = {
+        OURS: with_heads(attention.cross),
+        KERNEL: with_heads(attention._launch_cross),
+    }
     rivals |= {name: peers.with_attention(name, plain) for name in peers.ATTENTIONS}
     rivals |= {"FlexAttention": with_heads(peers.inductor(peers.flex_attention))}
     rivals |= {name: with_heads(attend) for name, attend in peers.PACKAGES.items()}
@@ -268,9 +297,8 @@ def linear_gelu(shape: Shape, dtype: torch.dtype) -> Case:
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
     rivals = {
-        OURS: mlp._launch_gelu,
+        OURS: mlp.linear_gelu,  # cuBLASLt's product with bias and GELU behind it
         "eager": plain,
-        "cuBLASLt epilogue": peers.linear_gelu_epilogue,
         "Inductor": peers.inductor(plain),
     }
     return Case(
@@ -289,7 +317,7 @@ def linear_swiglu(shape: Shape, dtype: torch.dtype) -> Case:
     def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return ops.swiglu(F.linear(x, weight, bias))
 
-    rivals = {OURS: mlp._launch_swiglu, "eager": plain, "Inductor": peers.inductor(plain)}
+    rivals = {OURS: mlp.linear_swiglu, "eager": plain, "Inductor": peers.inductor(plain)}
     return Case(
         operation="linear + SwiGLU", shape=shape, dtype=dtype, exact=_exactly(_plainly(plain, *names), "x"),
         make=lambda generator: _linear(generator, shape, 2 * hidden, dtype),
@@ -339,6 +367,21 @@ def linear_int8(shape: Shape, dtype: torch.dtype) -> Case:
     )  # fmt: skip
 
 
+def linear_fp8(shape: Shape, dtype: torch.dtype) -> Case:
+    """The same with 8-bit floats."""
+    whole = linear_int8(shape, dtype)
+    (name, ours), *others = ((name, rival) for name, rival in whole.rivals.items() if name != "torch._scaled_mm, e4m3")
+
+    def in_fp8(inputs: Inputs) -> Outputs:
+        x, scales = (inputs[name].unflatten(0, (shape.sequences, -1)) for name in ("x_e4m3", "x_e4m3_scale"))
+        return (fp8.linear_fp8(x, scales, inputs["w_e4m3"], inputs["w_e4m3_scale"][:, 0], inputs["bias"], dtype),)
+
+    return replace(
+        whole, operation="linear, fp8", factors="fp8",
+        rivals={name: replace(ours, call=in_fp8), "Triton in int8": ours, **dict(others)},
+    )  # fmt: skip
+
+
 def linear_gelu_int8(shape: Shape, dtype: torch.dtype) -> Case:
     """8 bits in and out: what the second layer of the MLP reads."""
     outputs, whole = 4 * shape.width, linear_gelu(shape, dtype)
@@ -347,15 +390,34 @@ def linear_gelu_int8(shape: Shape, dtype: torch.dtype) -> Case:
         numbers, scales = outputs
         return [dequantize(Int8Rows(numbers[:CHECKED], scales[:CHECKED]))]
 
-    others = ("eager", "cuBLASLt epilogue", "Inductor")
     return Case(
         operation="linear + GELU, int8", shape=shape, dtype=dtype, exact=whole.exact, factors="int8",
         make=lambda generator: _quantized(_linear(generator, shape, outputs, dtype)),
         rivals={
             OURS: Rival(call=_plainly(int8._launch_gelu, "x8", "x8_scales", "w8", "w8_scales", "bias"), checked=checked),
-            **{f"{name}, bf16": whole.rivals[name] for name in others},
+            **{f"{'cuBLASLt epilogue' if name == OURS else name}, bf16": rival for name, rival in whole.rivals.items()},
         },
         bytes_moved=_linear_bytes(shape, outputs, shape.rows * outputs, 1), flops=2 * shape.rows * shape.width * outputs,
+    )  # fmt: skip
+
+
+def linear_gelu_fp8(shape: Shape, dtype: torch.dtype) -> Case:
+    """The same with 8-bit floats: the product, then GELU and the scales of whole rows in a pass of their own."""
+    whole = linear_gelu_int8(shape, dtype)
+
+    def ours(inputs: Inputs) -> Outputs:
+        x, scales = (inputs[name].unflatten(0, (shape.sequences, -1)) for name in ("x_e4m3", "x_e4m3_scale"))
+        hidden = fp8.linear_fp8(x, scales, inputs["w_e4m3"], inputs["w_e4m3_scale"][:, 0], inputs["bias"], dtype)
+        return tuple(fp8.gelu_fp8(hidden))
+
+    def checked(outputs: Outputs) -> Sequence[Tensor]:
+        numbers, scales = outputs
+        return [fp8_ops.dequantize(fp8_ops.Fp8Rows(numbers[:CHECKED], scales[:CHECKED]))]
+
+    others = {name: rival for name, rival in whole.rivals.items() if name != OURS}
+    return replace(
+        whole, operation="linear + GELU, fp8", factors="fp8",
+        rivals={OURS: Rival(call=ours, checked=checked), "Triton in int8": whole.rivals[OURS], **others},
     )  # fmt: skip
 
 
@@ -386,13 +448,16 @@ OPERATIONS: dict[str, Callable[[Shape, torch.dtype], Case]] = {
     "branch-norm": branch_norm,
     "norm": norm_alone,
     "branch-norm-int8": branch_norm_int8,
+    "branch-norm-fp8": branch_norm_fp8,
     "self-attention": self_attention,
     "bare-attention": bare_attention,
     "cross-attention": cross_attention,
     "linear-gelu": linear_gelu,
     "linear-swiglu": linear_swiglu,
     "linear-int8": linear_int8,
+    "linear-fp8": linear_fp8,
     "linear-gelu-int8": linear_gelu_int8,
+    "linear-gelu-fp8": linear_gelu_fp8,
     "guided-step": guided_step,
 }
 """By the names that `clipdit bench kernels` takes."""

@@ -63,11 +63,6 @@ PACKAGES = {
 }
 
 
-def linear_gelu_epilogue(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """cuBLASLt's product with bias and GELU (tanh) behind it."""
-    return torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).unflatten(0, x.shape[:2])
-
-
 def quantize_whole_rows(x: Tensor, largest: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """One scale a row, as the products of integers and of 8-bit floats in PyTorch take them: (numbers, scales (rows, 1))."""
     scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-30) / largest

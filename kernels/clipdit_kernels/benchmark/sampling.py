@@ -7,8 +7,10 @@ tell: `clipdit bench`.
 
 import copy
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -23,10 +25,11 @@ from clipdit.measuring import Spread, time_calls_ms
 from clipdit.model.dit import SIZES, Conditioning, DiT
 from clipdit.pipeline import ClipDiTPipeline
 from clipdit.sampling import SamplingTable, flow_table, seeded_noise
-from clipdit.torch_backend import EagerBackend, Step
+from clipdit.torch_backend import EagerBackend, Step, with_blocks_of_its_own
 from clipdit_kernels.backend import TritonBackend
 from clipdit_kernels.benchmark import ceilings, ledger
 from clipdit_kernels.benchmark.cases import CLIP_TOKENS, Shape
+from clipdit_kernels.quantized import FUSED_FP8, FUSED_INT8
 
 logger = logging.getLogger(__name__)
 
@@ -40,35 +43,39 @@ class DefaultAttention(EagerBackend):
     attention_order = staticmethod(lambda device: [])
 
 
-class CompiledGraphed(GraphedBackend):
-    """torch.compile at its best, and the loop as one CUDA graph: what is compared is kernels, not launches."""
+MAX_AUTOTUNE = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}
+"""torch.compile at its best where the loop is one CUDA graph anyway: each shape by itself, kernels chosen by timing them."""
+
+
+class CompiledBlocks(GraphedBackend):
+    """torch.compile with max-autotune and the loop as one CUDA graph: what is compared is kernels, not launches. A block is
+    compiled, and all blocks are that one: the whole step takes minutes, and was no faster (docs/kernels.md)."""
 
     def _build_token_step(self, dit: DiT) -> Step:
-        return torch.compile(super()._build_token_step(dit), mode="max-autotune-no-cudagraphs", dynamic=False)
+        twin = with_blocks_of_its_own(dit)
+        for block in cast(Iterable[nn.Module], twin.blocks):
+            block.compile(**MAX_AUTOTUNE)
+        return super()._build_token_step(twin)
 
 
-class CompiledItself(EagerBackend):
-    """torch.compile with max-autotune and the CUDA graphs that it makes itself, one of each step."""
+class CompiledWhole(GraphedBackend):
+    """The same with the whole step compiled at once."""
 
-    def _build_step(self, dit: DiT) -> Step:
-        compiled = torch.compile(super()._build_step(dit), mode="max-autotune", dynamic=False)
-
-        def step(*arguments) -> Tensor:
-            torch.compiler.cudagraph_mark_step_begin()
-            return compiled(*arguments).clone()  # the next step writes over it
-
-        return step
+    def _build_token_step(self, dit: DiT) -> Step:
+        return torch.compile(super()._build_token_step(dit), **MAX_AUTOTUNE)
 
 
 VARIANTS: dict[str, Callable[[ClipDiTPipeline], EagerBackend]] = {
     "eager": DefaultAttention,
     "eager-cudnn": EagerBackend,
     "eager-cudnn-graph": GraphedBackend,
-    "compile-own-graphs": CompiledItself,
-    "compile-graph": CompiledGraphed,
+    "compile-graph": CompiledBlocks,
+    "compile-whole-graph": CompiledWhole,
     "ours": TritonBackend,
-    "ours-int8": lambda pipeline: TritonBackend(pipeline, int8=True),
+    "ours-int8": partial(TritonBackend, low=FUSED_INT8),
+    "ours-fp8": partial(TritonBackend, low=FUSED_FP8),
 }
+USUAL = tuple(name for name in VARIANTS if name != "compile-whole-graph")
 """The first is what times are given in multiples of. From Hopper on "cudnn" is cuDNN's attention where it takes the tensors; on
 other GPUs PyTorch's own choice."""
 
@@ -99,7 +106,7 @@ class Entry:
 def network(shape: Shape, conditioning: Conditioning, device: torch.device) -> DiT:
     """A DiT of a published size with random weights in float32, none of them zero."""
     width, depth, heads = SIZES[shape.size]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), device:
         torch.manual_seed(0)
         dit = DiT(
             latent_channels=CHANNELS, width=width, depth=depth, heads=heads, conditioning=conditioning,
@@ -129,7 +136,7 @@ def measure(
     conditioning: Conditioning = "both",
     steps: int = 10,
     guidance: float = 4.0,
-    variants: Iterable[str] = tuple(VARIANTS),
+    variants: Iterable[str] = USUAL,
     out: Path | None = None,
     seconds: float = 3.0,
     side: int = 8192,
@@ -206,15 +213,18 @@ def _measure(
             def call(backend: EagerBackend = backend) -> Tensor:
                 return backend.sample(noise, condition, table, guidance=guidance)
 
-            for _ in range(3):  # compiles, captures, replays
-                result = call()
+            began = time.perf_counter()
+            result = call()
+            if isinstance(backend, GraphedBackend):  # the second call captures, and the third is the first replay
+                result = [call(), call()][-1]
             errors[name] = float((result[:few] - wanted).norm() / wanted.norm())
             calls[name] = call
+            logger.info("%s: ready after %.0f s, error %.1e", name, time.perf_counter() - began, errors[name])
         except Exception as error:  # of a model that int8 does not take, of a compiler, of memory
             if name == "ours":
                 raise
             left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
-    spreads = time_calls_ms(list(calls.values()), device, seconds=seconds)
+    spreads = time_calls_ms(list(calls.values()), device, warm_up=0, seconds=seconds)
     for backend in backends:
         backend.close()
     torch.compiler.reset()
