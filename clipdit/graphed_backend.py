@@ -149,9 +149,11 @@ class GraphedBackend(EagerBackend):
         return self._tables[table]
 
     def _capture(self, noise: Latent, context: Context, table: SamplingTable, guidance: float) -> Captured:
-        """Run the loop once more, recorded. Its inputs are copies, so that what a caller frees is not read again."""
+        """Run the loop once more, recorded. Its inputs are copies, so that what a caller frees is not read again; and they are
+        contiguous where views of a projection were not, for which torch.compile may compile anew: before the recording."""
         noise = noise.clone()
         context = _copied(context)
+        self._loop(noise, context, table, guidance)
         replay, result = self._record(lambda: self._loop(noise, context, table, guidance))
         logger.info("captured %d evaluations of %s as one CUDA graph", len(table.rows), tuple(noise.shape))
         return Captured(replay=replay, noise=noise, context=context, result=result)

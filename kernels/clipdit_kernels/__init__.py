@@ -1,10 +1,13 @@
 """Triton twins of `clipdit.model.ops`, and the backend that samples with them.
 
     norm.py        residual + gate * branch, LayerNorm or RMSNorm, modulate; forward and backward
-    attention.py   self-attention from the packed projection (QK-norm, rotary positions), and cross-attention
-    mlp.py         linear + bias + GELU in one product, and SwiGLU
+    rotary.py      QK-norm and rotary positions of a packed projection in one pass
+    attention.py   self-attention from the packed projection, and cross-attention: the kernel, or cuDNN's where that is faster
+    mlp.py         linear + bias + GELU (cuBLASLt's), and SwiGLU
     solver.py      guidance and a row of the sampling table in one pass
-    int8.py        W8A8 products, and quantisation within what produces their input
+    int8.py        products of 8-bit integers, and quantisation within what produces their input
+    fp8.py         products of 8-bit floats (cuBLASLt's), likewise
+    quantized.py   a DiT in 8 bits
     fused.py       the twins under the names and signatures of the plain operations: what `DiT.use` takes
     backend.py     the backend "triton": the fused operations, and on a GPU the whole loop as one CUDA graph
 

@@ -1,13 +1,14 @@
 """softmax(q k^T / sqrt(d)) v over all heads, read from where the projections left it and written as the next one wants it.
 
-Queries, keys and values are (B, N, heads d) with any distance between rows, so a packed projection needs no copies. Online softmax
-(Milakov & Gimelshein 2018; Dao et al. 2022) in float32, with 2^x. QK-norm and rotary positions come before it, in one pass of
-their own (clipdit_kernels.rotary): done on the way in, every program did them again for all keys, which took 2.5 times as long.
+Queries, keys and values are (B, N, heads d) with any distance between rows, so a packed projection needs no copies. Online
+softmax (Milakov & Gimelshein 2018; Dao et al. 2022) in float32, with 2^x. QK-norm and rotary positions come before it, in one
+pass of their own (clipdit_kernels.rotary): on the way in, every program would do them again for all keys, which took 2.5 to 3.5
+times as long in all on an H200.
 
 A head that is no power of two wide is read in two parts, the largest power of two in it and the rest: 72 is 64 + 16, which
 multiplies 1.1 times the numbers there are, where 128 would be 1.8 times.
 
-A kernel that is alone on the GPU is faster than what PyTorch brings; one of many programs is not, see `ours_is_faster`.
+The kernel is faster than what PyTorch brings where all its programs run at once, and slower where they do not: `ours_is_faster`.
 """
 
 from collections.abc import Callable

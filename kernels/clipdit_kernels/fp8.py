@@ -1,5 +1,5 @@
-"""Products of 8-bit floats. Twins of `clipdit.model.fp8_ops`: the product is cuBLASLt's, which takes a scale for each row of either
-factor; norms, and GELU, emit what it reads."""
+"""Products of 8-bit floats, twins of `clipdit.model.fp8_ops`: the product is cuBLASLt's, which takes a scale for each row of
+either factor; norms, and GELU, emit what it reads."""
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,9 @@ def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _multiply(x: Tensor, x_scales: Tensor, weight: Tensor, w_scales: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     _check(x, x_scales, weight, w_scales, bias)
-    scales = {"scale_a": x_scales.flatten(0, 1), "scale_b": w_scales[None]}
-    made = torch._scaled_mm(x.flatten(0, 1), weight.t(), bias=bias, out_dtype=dtype, **scales)
+    made = torch._scaled_mm(
+        x.flatten(0, 1), weight.t(), scale_a=x_scales.flatten(0, 1), scale_b=w_scales[None], bias=bias, out_dtype=dtype
+    )
     return made.unflatten(0, x.shape[:2])
 
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.runtime import driver
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What tensors of numbers may be in."""
@@ -18,6 +19,12 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on a CPU. Decided by TRITON_INTERPRET when Triton is first imported."""
     return bool(knobs.runtime.interpret)
+
+
+def architecture() -> int:
+    """Of the GPU that kernels are compiled for: 90 is Hopper; 0 in the interpreter."""
+    target = None if interpreted() else driver.active.get_current_target()
+    return 0 if target is None else int(target.arch)
 
 
 def why_not_here(device: torch.device, *, instead: str = "use the eager backend there") -> str | None:

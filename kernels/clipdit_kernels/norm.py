@@ -89,7 +89,7 @@ def forward_kernel(
             x2 = tl.where(second < D, x2 - mean, 0.0)
     squares = tl.sum(x1 * x1, axis=0)
     if D2 > 0:
-        squares += tl.sum(x2 * x2, axis=0)
+        squares += tl.sum(x2 * x2, axis=0)  # pyright: ignore[reportOperatorIssue]  (D2 does not change)
     inverse = tl.rsqrt(squares / D + EPS)
     x1 *= inverse
     if HAS_MODULATION:

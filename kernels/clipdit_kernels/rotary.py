@@ -1,5 +1,5 @@
-"""QK-norm (Dehghani et al. 2023) and rotary positions (Su et al. 2021) of the queries and keys of a packed projection in one pass,
-for an attention that does neither.
+"""QK-norm (Dehghani et al. 2023) and rotary positions (Su et al. 2021) of the queries and keys of a packed projection, in one
+pass, for an attention that does neither.
 
 One program a token: all heads of its queries and keys, as two halves of a head, which rotary positions mix. In float32, one
 rounding at the end.

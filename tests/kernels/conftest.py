@@ -1,5 +1,5 @@
-"""Triton's interpreter rounds to bfloat16 and to 8 bits as a GPU does, to the nearest; by itself it cuts off, which is twice as far
-off."""
+"""Triton's interpreter rounds to bfloat16 and to 8 bits as a GPU does, to the nearest; by itself it cuts off, which is twice as
+far off."""
 
 from importlib.util import find_spec
 

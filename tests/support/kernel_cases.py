@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from clipdit_kernels import attention, int8, mlp, norm, solver
+from clipdit_kernels import attention, int8, mlp, norm, rotary, solver
 
 CAPABILITIES = (80, 90, 120)
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,9 +32,14 @@ def branch_norm_backward(width: int, dtype: torch.dtype) -> None:
     norm._launch_backward(x, x.clone(), rows[2], rows[4], x.clone(), x.clone(), "layer", 1e-6)
 
 
-def self_attention(d: int, dtype: torch.dtype) -> None:
+def rotary_positions(d: int, dtype: torch.dtype) -> None:
     heads, weight, table = HEADS[d], empty(d, dtype=dtype), empty(256, d, dtype=torch.float32)
-    attention._launch_packed(empty(2, 256, 3 * heads * d, dtype=dtype), heads, weight, weight, table, table)
+    rotary._launch(empty(2, 256, 3 * heads * d, dtype=dtype), heads, weight, weight, table, table)
+
+
+def self_attention(d: int, dtype: torch.dtype) -> None:
+    heads = HEADS[d]
+    attention._launch_packed(empty(2, 256, 3 * heads * d, dtype=dtype), heads, None, None, None, None)
 
 
 def cross_attention(d: int, dtype: torch.dtype) -> None:
@@ -43,16 +48,12 @@ def cross_attention(d: int, dtype: torch.dtype) -> None:
     attention._launch_cross(empty(2, 256, heads * d, dtype=dtype), k, v, heads)
 
 
-def linear_gelu(width: int, dtype: torch.dtype) -> None:
-    mlp._launch_gelu(empty(2, 256, width, dtype=dtype), empty(4 * width, width, dtype=dtype), empty(4 * width, dtype=dtype))
+def swiglu(width: int, dtype: torch.dtype) -> None:
+    mlp._launch_gate(empty(2, 256, 8 * width, dtype=dtype))
 
 
-def linear_gelu_many(width: int, dtype: torch.dtype) -> None:
-    mlp._launch_gelu(empty(16, 256, width, dtype=dtype), empty(4 * width, width, dtype=dtype), empty(4 * width, dtype=dtype))
-
-
-def linear_swiglu(width: int, dtype: torch.dtype) -> None:
-    mlp._launch_swiglu(empty(2, 256, width, dtype=dtype), empty(8 * width, width, dtype=dtype), empty(8 * width, dtype=dtype))
+def gelu_fp8(width: int, dtype: torch.dtype) -> None:
+    mlp._launch_gelu_fp8(empty(2, 256, 4 * width, dtype=dtype))
 
 
 def guided_step(guidance: float, dtype: torch.dtype) -> None:
@@ -63,6 +64,11 @@ def guided_step(guidance: float, dtype: torch.dtype) -> None:
 def branch_norm_int8(width: int, dtype: torch.dtype) -> None:
     x, rows = empty(2, 256, width, dtype=dtype), empty(2, 6, width, dtype=dtype).split(1, dim=1)
     norm._launch_both_int8(x, torch.empty_like(x), rows[2], rows[3], rows[4], "layer", 1e-6)
+
+
+def branch_norm_fp8(width: int, dtype: torch.dtype) -> None:
+    x, rows = empty(2, 256, width, dtype=dtype), empty(2, 6, width, dtype=dtype).split(1, dim=1)
+    norm._launch_both_fp8(x, torch.empty_like(x), rows[2], rows[3], rows[4], "layer", 1e-6)
 
 
 def int8_rows(images: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +95,13 @@ for word, dtype in TYPES.items():
     if word != "fp32":
         for of in (self_attention, cross_attention):
             CASES |= {f"{of.__name__} {d} {word}": partial(of, d, dtype) for d in HEADS}
-        for of in (linear_gelu, linear_gelu_many, linear_swiglu):
+        CASES |= {f"rotary_positions {d} {word}": partial(rotary_positions, d, dtype) for d in HEADS}
+        for of in (swiglu, gelu_fp8):
             CASES |= {f"{of.__name__} {size} {word}": partial(of, WIDTHS[size], dtype) for size in ("S", "XL")}
-        for of in (branch_norm_int8, linear_int8, linear_gelu_int8):
+        for of in (branch_norm_int8, branch_norm_fp8, linear_int8, linear_gelu_int8):
             CASES |= {f"{of.__name__} {size} {word}": partial(of, width, dtype) for size, width in WIDTHS.items()}
+
+
+def capabilities(name: str) -> tuple[int, ...]:
+    """Those that a case is for: no GPU before Ada knows e4m3."""
+    return tuple(capability for capability in CAPABILITIES if capability >= 89 or "fp8" not in name)

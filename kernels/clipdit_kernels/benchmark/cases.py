@@ -20,6 +20,9 @@ from clipdit_kernels.benchmark.timing import Outputs
 OURS = "ours"
 KERNEL = "the Triton kernel"
 """Where ours is whichever was faster: the kernel whether it was or not."""
+IN_INT8 = "in 8-bit integers"
+OTHER_OURS = (KERNEL, IN_INT8)
+"""No peers."""
 CLIP_TOKENS = 257
 """Of CLIP ViT-L/14 at 224 px."""
 CHECKED = 2
@@ -378,7 +381,7 @@ def linear_fp8(shape: Shape, dtype: torch.dtype) -> Case:
 
     return replace(
         whole, operation="linear, fp8", factors="fp8",
-        rivals={name: replace(ours, call=in_fp8), "Triton in int8": ours, **dict(others)},
+        rivals={name: replace(ours, call=in_fp8), IN_INT8: ours, **dict(others)},
     )  # fmt: skip
 
 
@@ -417,7 +420,7 @@ def linear_gelu_fp8(shape: Shape, dtype: torch.dtype) -> Case:
     others = {name: rival for name, rival in whole.rivals.items() if name != OURS}
     return replace(
         whole, operation="linear + GELU, fp8", factors="fp8",
-        rivals={OURS: Rival(call=ours, checked=checked), "Triton in int8": whole.rivals[OURS], **others},
+        rivals={OURS: Rival(call=ours, checked=checked), IN_INT8: whole.rivals[OURS], **others},
     )  # fmt: skip
 
 

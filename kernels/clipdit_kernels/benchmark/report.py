@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import matplotlib
 from matplotlib.figure import Figure
 
-from clipdit_kernels.benchmark.cases import OURS
+from clipdit_kernels.benchmark.cases import OTHER_OURS, OURS
 from clipdit_kernels.benchmark.ledger import Record, stale
 
 REFERENCE = {"sampling": "eager", "kernels": OURS}
@@ -54,7 +54,7 @@ KERNEL_HEAD = [
 
 def fastest_peer(entry: Record) -> str | None:
     """By name; None where no peer ran."""
-    others = {name: timed["us"]["median"] for name, timed in entry["rivals"].items() if name != OURS}
+    others = {name: timed["us"]["median"] for name, timed in entry["rivals"].items() if name not in (OURS, *OTHER_OURS)}
     return min(others, key=lambda name: others[name]) if others else None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -43,39 +43,37 @@ class DefaultAttention(EagerBackend):
     attention_order = staticmethod(lambda device: [])
 
 
-MAX_AUTOTUNE = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}
-"""torch.compile at its best where the loop is one CUDA graph anyway: each shape by itself, kernels chosen by timing them."""
+class Compiled(GraphedBackend):
+    """torch.compile with max-autotune, each shape by itself, and the loop as one CUDA graph: what is compared is kernels, not
+    launches. Products are cuBLAS's, which it chose wherever it could choose its own as well (docs/kernels.md). A block is
+    compiled, and all blocks are that one; as a block ends with the norm of the next, nothing is left to be fused across them."""
 
-
-class CompiledBlocks(GraphedBackend):
-    """torch.compile with max-autotune and the loop as one CUDA graph: what is compared is kernels, not launches. A block is
-    compiled, and all blocks are that one: the whole step takes minutes, and was no faster (docs/kernels.md)."""
+    options: ClassVar[dict[str, str | bool]] = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
 
     def _build_token_step(self, dit: DiT) -> Step:
         twin = with_blocks_of_its_own(dit)
         for block in cast(Iterable[nn.Module], twin.blocks):
-            block.compile(**MAX_AUTOTUNE)
+            block.compile(dynamic=False, options=self.options)
         return super()._build_token_step(twin)
 
 
-class CompiledWhole(GraphedBackend):
-    """The same with the whole step compiled at once."""
+class CompiledTuned(Compiled):
+    """The same, the settings of each kernel tuned one after the other, as the mode "max-autotune" does: minutes for a shape."""
 
-    def _build_token_step(self, dit: DiT) -> Step:
-        return torch.compile(super()._build_token_step(dit), **MAX_AUTOTUNE)
+    options: ClassVar[dict[str, str | bool]] = Compiled.options | {"coordinate_descent_tuning": True}
 
 
 VARIANTS: dict[str, Callable[[ClipDiTPipeline], EagerBackend]] = {
     "eager": DefaultAttention,
     "eager-cudnn": EagerBackend,
     "eager-cudnn-graph": GraphedBackend,
-    "compile-graph": CompiledBlocks,
-    "compile-whole-graph": CompiledWhole,
+    "compile-graph": Compiled,
+    "compile-tuned-graph": CompiledTuned,
     "ours": TritonBackend,
     "ours-int8": partial(TritonBackend, low=FUSED_INT8),
     "ours-fp8": partial(TritonBackend, low=FUSED_FP8),
 }
-USUAL = tuple(name for name in VARIANTS if name != "compile-whole-graph")
+USUAL = tuple(name for name in VARIANTS if name != "compile-tuned-graph")
 """The first is what times are given in multiples of. From Hopper on "cudnn" is cuDNN's attention where it takes the tensors; on
 other GPUs PyTorch's own choice."""
 

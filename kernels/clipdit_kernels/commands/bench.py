@@ -70,7 +70,7 @@ def sampling(
         sizes: of the model, as in DiT-XL.
         tokens: of an image: 256 are 256 x 256 px with a VAE of 8 pixels a cell and patches of 2.
         images: in a batch; guidance makes two sequences of each.
-        variants: ways to run the loop; if not given all but compile-whole-graph, which compiles for minutes.
+        variants: ways to run the loop; if not given all but compile-tuned-graph, which compiles for minutes.
         conditioning: what the network reads of the source.
         steps: of the solver.
         guidance: 1 is none.

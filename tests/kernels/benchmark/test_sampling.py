@@ -48,9 +48,9 @@ def test_what_cannot_run_is_left_out_with_its_reason(shallow):
 
 @pytest.mark.slow
 def test_compiled_ways_end_there_too(shallow):
-    (entry,) = run(variants=["eager", "compile-graph", "compile-whole-graph"])["entries"]
+    (entry,) = run(variants=["eager", "compile-graph", "compile-tuned-graph"])["entries"]
     assert not entry["left_out"]
-    assert all(entry["variants"][name]["error"] < 1e-5 for name in ("compile-graph", "compile-whole-graph"))
+    assert all(entry["variants"][name]["error"] < 1e-5 for name in ("compile-graph", "compile-tuned-graph"))
 
 
 @pytest.mark.parametrize("conditioning", ["both", "concat"])
