@@ -249,7 +249,7 @@ def _attention(operation: str, shape: Shape, dtype: torch.dtype, make: Callable[
         KERNEL: with_heads(attention._launch_cross),
     }
     rivals |= {name: peers.with_attention(name, plain) for name in peers.ATTENTIONS}
-    rivals |= {"FlexAttention": with_heads(peers.inductor(peers.flex_attention))}
+    rivals |= {"FlexAttention": with_heads(peers.inductor(peers.flex_attention, own_products=True))}
     rivals |= {name: with_heads(attend) for name, attend in peers.PACKAGES.items()}
     names = ("q", "k", "v")
     return Case(
@@ -362,7 +362,7 @@ def linear_int8(shape: Shape, dtype: torch.dtype) -> Case:
         rivals={
             OURS: rival(ours, "x8", "x8_scales", "w8", "w8_scales", "bias"),
             "cuBLAS in bf16": rival(F.linear, *bare),
-            "torch._int_mm, Inductor": rival(peers.inductor(peers.int_mm), *whole),
+            "torch._int_mm, Inductor": rival(peers.inductor(peers.int_mm, own_products=True), *whole),
             "torch._scaled_mm, e4m3": rival(peers.scaled_mm, *floats),
         },
         bytes_moved=_linear_bytes(shape, outputs, shape.rows * outputs * dtype.itemsize, 1),

@@ -25,7 +25,7 @@ ELSEWHERE = {"cuDNN", "memory-efficient of PyTorch", "FlexAttention", *peers.PAC
 @pytest.fixture(autouse=True)
 def not_compiled(monkeypatch: pytest.MonkeyPatch):
     """What Inductor compiles is the operation that it is given; compiling takes minutes."""
-    monkeypatch.setattr(peers, "inductor", lambda operation: operation)
+    monkeypatch.setattr(peers, "inductor", lambda operation, **options: operation)
 
 
 def made(name: str, shape: Shape = SMALL, dtype: torch.dtype = torch.float32) -> Case:

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(peers, "inductor", lambda operation: operation)
+    monkeypatch.setattr(peers, "inductor", lambda operation, **options: operation)
     monkeypatch.setattr("clipdit_kernels.benchmark.timing.COLD", 1)  # one set of inputs
     monkeypatch.setattr("clipdit_kernels.benchmark.timing.AT_LEAST", 1)
 
