@@ -47,7 +47,7 @@ class GraphedBackend(EagerBackend):
 
     name = "graphed"
     preference = 0
-    """Opened by name alone, as long as no GPU has measured it: docs/kernels.md."""
+    """Opened by name alone: it was measured on one kind of GPU. docs/kernels.md."""
     guided_step = staticmethod(ops.guided_step)
 
     def __init__(self, pipeline: ClipDiTPipeline, *, folder: Path | None = None):

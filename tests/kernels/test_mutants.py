@@ -46,7 +46,7 @@ def mutated(mutant: Mutant, folder: Path) -> Path:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.file}: {mutant.bug}")
 def test_a_seeded_bug_is_found(mutant: Mutant, tmp_path: Path):
-    done = outcome(mutated(mutant, tmp_path), mutant.file)
+    done = outcome(mutated(mutant, tmp_path), mutant.tests or mutant.file)
     assert done.returncode != 0, f"not found: {mutant.bug}"
     # a failed assertion, or a process that a wild write has killed; not one that could not be read
     said = done.stdout + done.stderr

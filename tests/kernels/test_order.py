@@ -34,7 +34,7 @@ def backwards(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tuple[int, .
     return begin
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in ("linear-gelu", "linear-fp8")])  # cuBLASLt's alone
 @torch.inference_mode()
 def test_the_order_of_programs_does_not_matter(name: str, backwards):
     case = OPERATIONS[name](SHAPE, torch.float32)

@@ -10,68 +10,75 @@ class Mutant(NamedTuple):
     old: str
     new: str
     bug: str
+    tests: str = ""
+    """In test_{tests}.py; that of the file where there is none."""
 
 
-NORM, ATTENTION, MLP, SOLVER, INT8 = "norm", "attention", "mlp", "solver", "int8"
+NORM, ROTARY, ATTENTION, MLP, SOLVER, INT8 = "norm", "rotary", "attention", "mlp", "solver", "int8"
 
 MUTANTS = [
-    # the first `forward_kernel` of norm.py, in order
-    Mutant(NORM, "image = row // rows_per_image", "image = row % rows_per_image", "another image's modulation"),
-    Mutant(NORM, "image = row // rows_per_image", "image = row * 0", "the first image's modulation for all"),
+    # the first `forward_kernel` of norm.py and what it calls
+    Mutant(NORM, "image = tl.program_id(0) // rows", "image = tl.program_id(0) % rows", "another image's modulation"),
+    Mutant(NORM, "image = tl.program_id(0) // rows_per_image", "image = 0", "the first image's modulation for all"),
     Mutant(
         NORM,
-        "x = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)",
-        "x = tl.load(residual + at, mask=inside, other=0.0)",
+        "x = tl.load(residual + at + columns, mask=inside, other=0.0).to(tl.float32)",
+        "x = tl.load(residual + at + columns, mask=inside, other=0.0)",
         "sums and statistics in half precision",
     ),
-    Mutant(NORM, "x = tl.load(residual + at, mask=inside, other=0.0)", "x = tl.load(residual + at)", "reads beyond the row"),
-    Mutant(NORM, "gate + image * gate_stride", "gate + image * D", "the stride of a view is ignored"),
-    Mutant(NORM, "x += y", "x = y", "no residual"),
-    Mutant(
-        NORM, "tl.store(out_residual + at, stored, mask=inside)", "tl.store(out_residual + at, stored)", "writes beyond the row"
-    ),
-    Mutant(NORM, "x = stored.to(tl.float32)", "x = x * 1.0", "normalises what was not stored"),
     Mutant(
         NORM,
-        "x if RMS else tl.where(inside, x - tl.sum(x, axis=0) / D, 0.0)",
-        "x if RMS else x - tl.sum(x, axis=0) / D",
-        "padding counts in the variance",
+        "x = tl.load(residual + at + columns, mask=inside, other=0.0)",
+        "x = tl.load(residual + at + columns)",
+        "reads beyond the row",
     ),
-    Mutant(NORM, "x - tl.sum(x, axis=0) / D", "x - tl.sum(x, axis=0) / BLOCK", "the mean over the padded width"),
-    Mutant(NORM, "x if RMS else", "x if not RMS else", "LayerNorm and RMSNorm exchanged"),
+    Mutant(NORM, "image * gate_stride, image", "image * D, image", "the stride of a view is ignored"),
+    Mutant(NORM, "stored = (x + y).to", "stored = y.to", "no residual"),
     Mutant(
         NORM,
-        "tl.sum(centred * centred, axis=0) / D + EPS)",
-        "tl.sum(centred * centred, axis=0) / BLOCK + EPS)",
-        "the variance over the padded width",
+        "tl.store(out_residual + at + columns, stored, mask=inside)",
+        "tl.store(out_residual + at + columns, stored)",
+        "writes beyond the row",
     ),
+    Mutant(NORM, "x = stored.to(tl.float32)", "x = x + y", "normalises what was not stored"),
+    Mutant(NORM, "second = D1 + tl.arange(0, D2)", "second = tl.arange(0, D2)", "the first part of a row twice"),
+    Mutant(NORM, "        total += tl.sum(x2, axis=0)", "        total += 0.0", "the mean of the first part"),
+    Mutant(NORM, "mean = tl.div_rn(total, D + 0.0)", "mean = tl.div_rn(total, D1 + D2 + 0.0)", "the mean over the padded width"),
+    Mutant(NORM, "mean = tl.div_rn(total, D + 0.0)", "mean = total * (1.0 / D)", "the mean not divided exactly"),
+    Mutant(NORM, "x2 = tl.where(second < D, x2 - mean, 0.0)", "x2 -= mean", "padding counts in the variance"),
+    Mutant(NORM, "    if not RMS:", "    if RMS:", "LayerNorm and RMSNorm exchanged"),
+    Mutant(NORM, "        squares += tl.sum(x2 * x2, axis=0)", "        squares += 0.0", "the variance of the first part"),
+    Mutant(NORM, "squares / D + EPS", "squares / (D1 + D2) + EPS", "the variance over the padded width"),
+    Mutant(NORM, "squares / D + EPS", "squares / (D - 1) + EPS", "the unbiased variance"),
+    Mutant(NORM, "squares / D + EPS", "squares / D", "no epsilon"),
     Mutant(
         NORM,
-        "tl.sum(centred * centred, axis=0) / D + EPS)",
-        "tl.sum(centred * centred, axis=0) / (D - 1) + EPS)",
-        "the unbiased variance",
-    ),
-    Mutant(NORM, "tl.sum(centred * centred, axis=0) / D + EPS)", "tl.sum(centred * centred, axis=0) / D)", "no epsilon"),
-    Mutant(
-        NORM,
-        "tl.rsqrt(tl.sum(centred * centred, axis=0) / D + EPS)",
-        "tl.rsqrt(tl.sum(x * x, axis=0) / D - (0.0 if RMS else (tl.sum(x, axis=0) / D) * (tl.sum(x, axis=0) / D)) + EPS)",
+        "squares = tl.sum(x1 * x1, axis=0)",
+        "offset = 0.0 if RMS else mean\n    squares = tl.sum((x1 + offset) * (x1 + offset), axis=0) - offset * offset * D1",
         "the variance as a difference of squares",
     ),
-    Mutant(NORM, "normed = normed * (1.0 + factor) + offset", "normed = normed * factor + offset", "no 1 + before the scale"),
+    Mutant(NORM, "return x * (1.0 + factor) + offset", "return x * factor + offset", "no 1 + before the scale"),
+    Mutant(NORM, "return x * (1.0 + factor) + offset", "return x * (1.0 + offset) + factor", "scale and shift exchanged"),
+    Mutant(NORM, "image * shift_stride, image * scale_stride", "image * shift_stride, 0", "one scale for all images"),
+    Mutant(NORM, "tl.store(out_normed + first, x1", "tl.store(out_normed + first + 1, x1", "stores off by one"),
     Mutant(
         NORM,
-        "normed = normed * (1.0 + factor) + offset",
-        "normed = normed * (1.0 + offset) + factor",
-        "scale and shift exchanged",
-    ),
-    Mutant(NORM, "scale + image * scale_stride", "scale + image * shift_stride * 0", "one scale for all images"),
-    Mutant(NORM, "tl.store(out_normed + at, normed", "tl.store(out_normed + at + 1, normed", "stores off by one"),
-    Mutant(
-        NORM,
-        "tl.store(out_normed + at, normed.to(out_normed.dtype.element_ty), mask=inside)",
-        "tl.store(out_normed + at, normed.to(out_normed.dtype.element_ty))",
+        "x2.to(out_normed.dtype.element_ty), mask=second < D)",
+        "x2.to(out_normed.dtype.element_ty))",
         "writes beyond the row",
+    ),
+    Mutant(
+        NORM, "                x2 *= LARGEST / largest", "                x2 *= 1.0", "the second part without a scale", "fp8"
+    ),
+    Mutant(
+        NORM, "tl.max(tl.abs(x2), axis=0), largest)", "tl.max(x2, axis=0), largest)", "the scale forgets what is negative", "fp8"
+    ),
+    Mutant(
+        NORM,
+        "tl.store(out_scales + tl.program_id(0), largest",
+        "tl.store(out_scales + image, largest",
+        "scales over one another",
+        "fp8",
     ),
     Mutant(NORM, "factor += tl.load", "factor = tl.load", "backward: no 1 + before the scale"),
     Mutant(NORM, "tl.minimum((chunk + 1) * ROWS, rows_per_image)", "(chunk + 1) * ROWS", "backward: adds the next image's rows"),
@@ -99,30 +106,6 @@ MUTANTS = [
     ),
     Mutant(
         ATTENTION,
-        "y = tl.where((columns < half)[None, :], -y, y)",
-        "y = tl.where((columns < half)[None, :], y, -y)",
-        "positions turn backwards",
-    ),
-    Mutant(
-        ATTENTION,
-        "x = x * read(cos, rows, D, limit, columns, D) + y",
-        "x = x * read(cos, rows, D, limit, columns, D) - y",
-        "keys and queries turn backwards",
-    ),
-    Mutant(
-        ATTENTION,
-        "others = tl.where(columns < half, columns + half, columns - half)",
-        "others = tl.where(columns % 2 == 0, columns + 1, columns - 1)",
-        "neighbours turn, not halves",
-    ),
-    Mutant(
-        ATTENTION, "return tl.rsqrt(squares / D + EPS)", "return tl.rsqrt(squares / D1 + EPS)", "QK-norm over a part of the head"
-    ),
-    Mutant(
-        ATTENTION, "        squares += tl.sum(x * x, axis=1)", "        squares += 0.0", "QK-norm misses the head's second part"
-    ),
-    Mutant(
-        ATTENTION,
         "image, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads",
         "image, head = (tl.program_id(1) % heads).to(tl.int64) * 0, tl.program_id(1) % heads",
         "the first image's keys for all",
@@ -130,20 +113,12 @@ MUTANTS = [
     Mutant(
         ATTENTION, "k += image * k_batch + head * D", "k += image * q_batch + head * D", "the keys' stride is that of the queries"
     ),
-    Mutant(ATTENTION, "q1 = (q1 * scale).to(dtype).to(DOT)", "q1 = q1.to(dtype).to(DOT)", "scores are not scaled"),
+    Mutant(ATTENTION, "scores * scale, float", "scores, float", "scores are not scaled"),
+    Mutant(ATTENTION, "            scores += tl.dot(q2", "            scores += 0.0 * tl.dot(q2", "scores miss the second part"),
     Mutant(
         ATTENTION,
-        "inverse_k, k_weight, cos, sin, D, NORM, ROTARY).to(dtype).to(DOT)\n        scores = tl.dot(q1",
-        "inverse_k, q_weight, cos, sin, D, NORM, ROTARY).to(dtype).to(DOT)\n        scores = tl.dot(q1",
-        "keys are normed with the queries' weight",
-    ),
-    Mutant(
-        ATTENTION, 'scores += tl.dot(q2, tl.trans(k2), input_precision="ieee")', "scores += 0.0", "scores miss the second part"
-    ),
-    Mutant(
-        ATTENTION,
-        'scores = tl.where((keys < k_rows)[None, :], scores, float("-inf"))',
-        "scores += 0.0",
+        'scores = tl.where((keys < k_rows)[None, :], scores * scale, float("-inf"))',
+        "scores *= scale",
         "keys that are not there get a share",
     ),
     Mutant(
@@ -181,29 +156,37 @@ MUTANTS = [
         "inside = rows[:, None] < q_rows",
         "writes into the next head",
     ),
-    Mutant(MLP, "mask=(m[:, None] < rows) & (start + k[None, :] < inner)", "mask=(m[:, None] < rows)", "sums beyond the row"),
+    Mutant(MLP, "tl.sigmoid(gate) * up", "tl.sigmoid(up) * up", "the halves are exchanged"),
+    Mutant(MLP, "(gate * tl.sigmoid(gate) * up)", "(tl.sigmoid(gate) * up)", "a gate that is no SiLU"),
+    Mutant(MLP, "x + row * 2 * columns + columns + at", "x + row * 2 * columns + at", "both halves are the first"),
+    Mutant(MLP, "x + row * 2 * columns + at, mask=inside", "x + row * columns + at, mask=inside", "the rows of the result"),
+    Mutant(MLP, "* up).to(out.dtype.element_ty), mask=inside)", "* up).to(out.dtype.element_ty))", "writes into the next row"),
+    Mutant(MLP, "0.044715 * y * y", "0.044715 * y", "a wrong power in GELU", "fp8"),
+    Mutant(MLP, "1.5957691216057308", "1.702", "another approximation of GELU", "fp8"),
     Mutant(
-        MLP,
-        "inside = (n[None, :] < columns) & (start + k[:, None] < inner)",
-        "inside = n[None, :] < columns",
-        "sums beyond the weight's row",
+        MLP, "tl.max(tl.abs(y2), axis=0), largest)", "tl.max(tl.abs(y2), axis=0), LEAST)", "the scale of the second part", "fp8"
     ),
+    Mutant(MLP, "(y1 * (LARGEST / largest)).to", "(y1 * LARGEST).to", "no scale", "fp8"),
+    Mutant(MLP, "out.dtype.element_ty), mask=second < D)", "out.dtype.element_ty))", "8 bits beyond the row", "fp8"),
     Mutant(
-        MLP,
-        'total = tl.dot(left, tl.load(weight + start, mask=inside, other=0.0).to(DOT), total, input_precision="ieee")',
-        'total = tl.dot(left, tl.load(weight + start, mask=inside, other=0.0).to(DOT), input_precision="ieee")',
-        "the last tile of the sum alone",
+        ROTARY,
+        "(tl.program_id(0) // rows_per_image).to(tl.int64), tl.program_id(0) % rows",
+        "(tl.program_id(0) // rows_per_image).to(tl.int64), tl.program_id(0) // rows",
+        "the image's position for the row's",
     ),
-    Mutant(MLP, "height = tl.minimum(tiles_m - band * TALL, TALL)", "height = TALL", "tiles of an uneven band are left out"),
-    Mutant(MLP, "total += tl.load(bias + n", "total += 0.0 * tl.load(bias + n", "no bias"),
-    Mutant(MLP, "gate += tl.load(bias + columns + n", "gate += tl.load(bias + n", "both halves get one bias"),
-    Mutant(
-        MLP, "total = total * tl.sigmoid(total) * gate", "total = total * gate * tl.sigmoid(gate)", "the halves are exchanged"
-    ),
-    Mutant(MLP, "0.044715 * total * total", "0.044715 * total", "a wrong power in GELU"),
-    Mutant(MLP, "1.5957691216057308", "1.702", "another approximation of GELU"),
-    Mutant(MLP, "mask=(m[:, None] < rows) & (n[None, :] < columns))", "mask=(n[None, :] < columns))", "writes beyond the rows"),
-    Mutant(MLP, "mask=(m[:, None] < rows) & (n[None, :] < columns))", "mask=(m[:, None] < rows))", "writes into the next row"),
+    Mutant(ROTARY, "image * batch_stride", "image * rows_per_image * row_stride", "the stride of a view is ignored"),
+    Mutant(ROTARY, "& (column < half)", "", "a head reads and writes the next one"),
+    Mutant(ROTARY, "(head < 2 * heads) &", "", "reads and writes beyond the heads"),
+    Mutant(ROTARY, "+ tl.sum(b * b, axis=1)", "", "the norm of the first half"),
+    Mutant(ROTARY, "/ D + EPS", "/ half + EPS", "a wrong divisor"),
+    Mutant(ROTARY, "/ D + EPS", "/ D", "no epsilon"),
+    Mutant(ROTARY, "tl.where(is_query, of_query, of_key)", "of_query", "keys are normed with the queries' weight"),
+    Mutant(ROTARY, "q_weight + half, k_weight + half", "q_weight, k_weight", "the first half's weights twice"),
+    Mutant(ROTARY, "- b * _position", "+ b * _position", "positions turn backwards"),
+    Mutant(ROTARY, "+ before * _position", "+ a * _position", "turns by what was turned"),
+    Mutant(ROTARY, "_position(cos + turned + half", "_position(cos + turned", "the first half's cosines twice"),
+    Mutant(ROTARY, "turned = row * D + column", "turned = column", "the first row's position for all"),
+    Mutant(ROTARY, "tl.store(out + at + half, b", "tl.store(out + at + half, a", "the first half twice"),
     Mutant(SOLVER, "answer = blank + guidance * (answer - blank)", "answer = answer + 0.0 * guidance", "guidance is ignored"),
     Mutant(
         SOLVER,
@@ -228,7 +211,7 @@ MUTANTS = [
     ),
     Mutant(INT8, "* (127.0 / largest)[:, None] + 0.5)", "* (127.0 / largest)[:, None])", "rounds down"),
     Mutant(NORM, "tl.max(tl.abs(grouped), axis=1)", "tl.max(grouped, axis=1)", "the scale forgets what is negative"),
-    Mutant(NORM, "largest / 127.0, mask=groups < D // GROUP", "largest / 127.0", "scales of groups that are not there"),
+    Mutant(NORM, "largest / 127.0, mask=group < D // GROUP", "largest / 127.0", "scales of groups that are not there"),
     Mutant(INT8, "* (columns // GROUP) + tile, largest", "* (columns // GROUP), largest", "scales over one another"),
     Mutant(
         INT8,

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 import matplotlib
 from matplotlib.figure import Figure
 
+from clipdit.model.dit import SIZES
 from clipdit_kernels.benchmark.cases import OTHER_OURS, OURS
 from clipdit_kernels.benchmark.ledger import Record, stale
 
+TICKS = [n * 10**power for power in range(-2, 4) for n in (1, 2, 5)]
 REFERENCE = {"sampling": "eager", "kernels": OURS}
 """Without which a record has nothing to be compared with."""
 
@@ -32,8 +34,20 @@ def heading(record: Record) -> str:
 
 def table(record: Record) -> str:
     """All entries; times are medians (10th to 90th percentile)."""
-    rows = [KERNEL_HEAD, *map(_kernel_row, record["entries"])] if record["kind"] == "kernels" else list(_sampling_rows(record))
+    rows = [KERNEL_HEAD, *map(_kernel_row, _sorted(record))] if record["kind"] == "kernels" else list(_sampling_rows(record))
     return _markdown(rows)
+
+
+def _sorted(record: Record) -> list[Record]:
+    """Its entries, in whatever order they were measured: operations as they came, then by model, tokens and images."""
+    operations = list(dict.fromkeys(entry.get("operation") for entry in record["entries"]))
+    models = list(SIZES)
+    return sorted(
+        record["entries"],
+        key=lambda entry: (
+            operations.index(entry.get("operation")), models.index(entry["size"]), entry["tokens"], entry["images"]
+        ),
+    )  # fmt: skip
 
 
 KERNEL_HEAD = [
@@ -100,7 +114,7 @@ def _kernel_row(entry: Record) -> list[str]:
 
 def _sampling_rows(record: Record) -> Iterator[list[str]]:
     yield ["model", "tokens", "images", "way", "ms a step", "of the first", "of the floor", "error"]
-    for entry in record["entries"]:
+    for entry in _sorted(record):
         shape = [f"{entry['size']}/2", str(entry["tokens"]), str(entry["images"])]
         first = next(iter(entry["variants"].values()))["ms_per_step"]["median"]
         for name, timed in entry["variants"].items():
@@ -145,7 +159,7 @@ def plot(record: Record) -> bytes:
         figure = Figure(figsize=(9, 1.5 + 0.25 * max(1, len(record["entries"]))), layout="constrained")
         axes = figure.add_subplot()
         labels, points = [], {}
-        for y, entry in enumerate(record["entries"]):
+        for y, entry in enumerate(_sorted(record)):
             shape = f"{entry['size']}, {entry['tokens']} tokens, {entry['images']} images"
             labels.append(f"{entry['operation']}, {shape}" if kernels else f"DiT-{shape}")
             times = {
@@ -160,6 +174,10 @@ def plot(record: Record) -> bytes:
             axes.plot(*zip(*where, strict=True), "osD^vP*"[i // 10 % 7], color=f"C{i % 10}", label=name, markersize=4)
         axes.axvline(1.0, color="0.6", linewidth=1)
         axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in TICKS if low <= tick <= high]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
         axes.set_yticks(range(len(labels)), labels)
         axes.invert_yaxis()
         axes.set_xlabel("ours is so many times as fast as" if kernels else "so many times as fast as the first")
