@@ -22,9 +22,9 @@ MUTANTS = [
     Mutant(NORM, "image = tl.program_id(0) // rows_per_image", "image = 0", "the first image's modulation for all"),
     Mutant(
         NORM,
-        "x = tl.load(residual + at + columns, mask=inside, other=0.0).to(tl.float32)",
-        "x = tl.load(residual + at + columns, mask=inside, other=0.0)",
-        "sums and statistics in half precision",
+        "    squares = tl.sum(x1 * x1, axis=0)",
+        "    x1 = x1.to(out_normed.dtype.element_ty).to(tl.float32)\n    squares = tl.sum(x1 * x1, axis=0)",
+        "statistics of what is rounded to half precision",
     ),
     Mutant(
         NORM,

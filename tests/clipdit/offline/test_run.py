@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from job_pictures import contents, draw, ledger
+from PIL import Image
 
 from clipdit.fake_backend import FakeBackend
 from clipdit.images import encode_image, read_image
@@ -171,6 +173,33 @@ class TestInterrupted:
         assert sorted(row["id"] for row in ledger(out)) == sorted(row["id"] for row in ledger(tmp_path / "unbroken"))
         assert [p.name for p in (out / ".clipdit").iterdir()] == ["lock"]
         assert not list(out.rglob("*.tmp")) + list(out.rglob("*.part"))
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(1800)
+    def test_ten_thousand_files_killed_twenty_times_equal_an_unbroken_run(self, translator, tmp_path):
+        """kill -9 at random moments: reading, translating, between an image and its line in the ledger, starting."""
+        rng, source, out = random.Random(0), tmp_path / "in", tmp_path / "out"
+        source.mkdir()
+        for i in range(10_000):
+            bad = i % 100 == 7
+            path = source / f"{i:05}.png"
+            path.write_bytes(rng.randbytes(40)) if bad else Image.frombytes("RGB", (8, 8), rng.randbytes(192)).save(path)
+        killed = 0
+        for lines in sorted(rng.sample(range(1, 9_800), 20)):
+            process = start_slow_job(source, out, 0)
+            wait_for_lines(out, lines, process)
+            time.sleep(rng.uniform(0, 0.05))
+            process.send_signal(signal.SIGKILL)
+            killed += process.wait() == -signal.SIGKILL
+        assert killed == 20
+        summary = run_job(translator, source, out, resume=True)
+        assert summary.kept + summary.written == 9_900 and summary.quarantined == 100
+        verdict = verify_job(out)
+        assert verdict.ok and verdict.written == 9_900
+        ids = [row["id"] for row in ledger(out)]
+        assert len(set(ids)) == len(ids) == 10_000
+        run_job(translator, source, tmp_path / "unbroken")
+        assert contents(out) == contents(tmp_path / "unbroken")
 
     def test_a_second_process_is_kept_out(self, translator, inputs, tmp_path):
         process = start_slow_job(inputs, tmp_path / "out", 0.2)
