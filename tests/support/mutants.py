@@ -44,7 +44,6 @@ MUTANTS = [
     Mutant(NORM, "second = D1 + tl.arange(0, D2)", "second = tl.arange(0, D2)", "the first part of a row twice"),
     Mutant(NORM, "        total += tl.sum(x2, axis=0)", "        total += 0.0", "the mean of the first part"),
     Mutant(NORM, "mean = tl.div_rn(total, D + 0.0)", "mean = tl.div_rn(total, D1 + D2 + 0.0)", "the mean over the padded width"),
-    Mutant(NORM, "mean = tl.div_rn(total, D + 0.0)", "mean = total * (1.0 / D)", "the mean not divided exactly"),
     Mutant(NORM, "x2 = tl.where(second < D, x2 - mean, 0.0)", "x2 -= mean", "padding counts in the variance"),
     Mutant(NORM, "    if not RMS:", "    if RMS:", "LayerNorm and RMSNorm exchanged"),
     Mutant(NORM, "        squares += tl.sum(x2 * x2, axis=0)", "        squares += 0.0", "the variance of the first part"),
