@@ -72,7 +72,7 @@ def test_every_verb_of_the_promise_is_there():
     names = {" ".join(words) for name in cli.names_of(cli.installed_verbs()) for words in spellings(name)}
     assert names >= {
         "data emoji", "data check", "train", "evaluate", "translate", "verify", "demo", "export", "inspect", "doctor", "serve",
-        "bench", "bench compare", "bench training", "bench kernels", "bench sampling",
+        "bench", "bench compare", "bench training", "bench kernels", "bench sampling", "bench serve",
     }  # fmt: skip
 
 

@@ -1,0 +1,40 @@
+"""A service of our own to ask, in a process of its own: what asks must not take turns with what answers."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+
+STOPS_WITHIN_S = 10.0
+"""After a load test nobody waits for answers any more."""
+
+
+@contextlib.contextmanager
+def running(options: Sequence[str]) -> Iterator[str]:
+    """The address of a `clipdit serve` with these options, at a free port; it is ready, and ends with the block.
+
+    ValueError, with what it said last, when it does not start."""
+    start = "import sys; from clipdit.cli import main; sys.exit(main())"
+    command = [sys.executable, "-P", "-c", start, "serve", "--port", "0", "--linger-s", "0", "--json", *options]
+    with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody reads would block it
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            if not line:
+                process.wait(STOPS_WITHIN_S)
+                log.seek(0)
+                said = (log.read().strip().splitlines() or ["it said nothing"])[-1].removeprefix("clipdit: ")
+                raise ValueError(f"the service does not start: {said}")
+            yield json.loads(line)["url"]
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(STOPS_WITHIN_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout.close()
