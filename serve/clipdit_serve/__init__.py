@@ -3,10 +3,11 @@
 settings.py   what whoever starts the service decides
 app.py        the FastAPI application, from an engine, settings and a decoder that are handed in
 errors.py     every error a caller can meet: status, type and code in one table
-routes/       what the routes do: translate, images/edits, models, health and metrics, the page
+routes/       what the routes do: translate, images/edits, models, jobs, health and metrics, the page
 fields.py     what a caller may say, and the refusal of everything else
 uploads.py    bodies: sizes, multipart, which formats the caller takes
 service.py    from an upload to an encoded answer: the way that every route takes
+jobs.py       translations that are asked for now and fetched later
 guards.py     what stands around every route: key, request id, log line, metrics
 decoding.py   uploads become pixels in processes that can be killed
 engine.py     the seam between the routes and what runs the model, here or on other machines

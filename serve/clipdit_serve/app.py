@@ -12,8 +12,9 @@ from clipdit_serve import errors
 from clipdit_serve.decoding import Decoder
 from clipdit_serve.engine import Engine
 from clipdit_serve.guards import Authorisation, Record
+from clipdit_serve.jobs import Jobs
 from clipdit_serve.metrics import Metrics
-from clipdit_serve.routes import openai, operations, page, translate
+from clipdit_serve.routes import jobs, openai, operations, page, translate
 from clipdit_serve.service import Service
 from clipdit_serve.settings import ServeSettings
 
@@ -21,11 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(engine: Engine, decoder: Decoder, settings: ServeSettings) -> FastAPI:
-    """The application. Its lifespan starts and closes the engine and the decoder.
+    """The application. Its lifespan starts and closes the engine and the decoder; its jobs, or None where there are none, are in
+    `app.state.jobs`.
 
     It has no pages that load scripts from elsewhere (/docs, /redoc), no CORS headers, and fetches no addresses.
     """
     metrics = Metrics(waiting=lambda: engine.health().waiting)
+    service = Service(engine, decoder, settings)
+    kept = Jobs(service, on_end=metrics.job) if settings.max_jobs else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -35,6 +39,8 @@ def create_app(engine: Engine, decoder: Decoder, settings: ServeSettings) -> Fas
         try:
             yield
         finally:
+            if kept is not None:
+                await kept.close()
             engine.close()
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
@@ -43,10 +49,12 @@ def create_app(engine: Engine, decoder: Decoder, settings: ServeSettings) -> Fas
     app = FastAPI(
         title="clipdit", version=version("clipdit"), lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    service = Service(engine, decoder, settings)
+    app.state.jobs = kept
     app.include_router(page.router())
     app.include_router(translate.router(service))
     app.include_router(openai.router(service))
+    if kept is not None:
+        app.include_router(jobs.router(service, kept))
     app.include_router(operations.router(service, metrics))
     errors.install(app)
 

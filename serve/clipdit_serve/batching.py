@@ -52,6 +52,7 @@ class Model(Protocol):
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Job:
     task: Task
+    on_start: Callable[[], None]
     arrived_s: float = field(default_factory=time.monotonic)
     future: Future[Answer] = field(default_factory=Future)
 
@@ -59,6 +60,29 @@ class _Job:
     def kind(self) -> tuple:
         """Jobs of one kind may share a batch."""
         return (self.task.image.shape, self.task.steps, self.task.guidance)
+
+
+class _Ticket:
+    """A job as whoever submitted it sees it."""
+
+    def __init__(self, job: _Job, queue: dict[int, _Job], changed: threading.Condition):
+        self._job, self._queue, self._changed = job, queue, changed
+
+    @property
+    def place(self) -> int | None:
+        with self._changed:
+            return next((place for place, key in enumerate(self._queue, 1) if key == id(self._job)), None)
+
+    async def answer(self) -> Answer:
+        try:
+            return await asyncio.wrap_future(self._job.future)
+        except asyncio.CancelledError:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        with self._changed:
+            self._queue.pop(id(self._job), None)
 
 
 class InProcessEngine:
@@ -111,6 +135,9 @@ class InProcessEngine:
             self._admitted -= 1
 
     async def translate(self, task: Task) -> Answer:
+        return await self.submit(task, on_start=lambda: None).answer()
+
+    def submit(self, task: Task, on_start: Callable[[], None]) -> _Ticket:
         assert self._model_info is not None, "whoever is admitted meets a model"
         defaults = self._model_info.defaults
         task = replace(  # so that who asks for the default shares a batch with who asks for nothing
@@ -118,18 +145,13 @@ class InProcessEngine:
             steps=defaults.steps if task.steps is None else task.steps,
             guidance=defaults.guidance if task.guidance is None else float(task.guidance),
         )
-        job = _Job(task=task)
+        job = _Job(task=task, on_start=on_start)
         with self._changed:
             if self._closing or not self._thread.is_alive():
                 raise self._refusal("dead" if not self._closing else "draining")
             self._queue[id(job)] = job
             self._changed.notify()
-        try:
-            return await asyncio.wrap_future(job.future)
-        except asyncio.CancelledError:
-            with self._changed:
-                self._queue.pop(id(job), None)
-            raise
+        return _Ticket(job, self._queue, self._changed)
 
     @property
     def idle(self) -> bool:
@@ -183,6 +205,8 @@ class InProcessEngine:
             self._warm_up(model)
             self._warm = True
             while (jobs := self._next_batch()) is not None:
+                for job in jobs:
+                    job.on_start()
                 self._answer(model, jobs)
                 self._running = []
         except BaseException as error:  # whatever it was, callers are waiting

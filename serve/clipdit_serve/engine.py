@@ -46,6 +46,24 @@ class Answer:
     """Images in its batch, this one included and padding not."""
 
 
+class Ticket(Protocol):
+    """One image in the queue of an engine, or in its model."""
+
+    @property
+    def place(self) -> int | None:
+        """In the queue, in order of arrival; 1 is the oldest. None when it does not wait any more. An image may be overtaken by
+        those that fit a batch with an older one."""
+        ...
+
+    async def answer(self) -> Answer:
+        """ApiError where there is none. When the awaiting task is cancelled, the image leaves."""
+        ...
+
+    def leave(self) -> None:
+        """Out of the queue, if it is not in the model yet: it never gets there."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchReport:
     """What an engine tells of each batch; metrics are made from it."""
@@ -106,8 +124,14 @@ class Engine(Protocol):
         before it costs anything. ApiError (queue_full, loading, draining, model_unavailable) on entry."""
         ...
 
+    def submit(self, task: Task, on_start: Callable[[], None]) -> Ticket:
+        """Into the queue, within `admit`. `on_start` is called from any thread, once, when the image gets into the model.
+        ApiError when there is no queue any more."""
+        ...
+
     async def translate(self, task: Task) -> Answer:
-        """Within `admit`. When the awaiting task is cancelled, an image that is not in the model yet never gets there."""
+        """`submit`, and the answer. When the awaiting task is cancelled, an image that is not in the model yet never gets
+        there."""
         ...
 
     @property

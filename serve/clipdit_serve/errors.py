@@ -42,9 +42,11 @@ ERRORS = {
     "invalid_api_key": Kind(status=401, type=AUTHENTICATION, about="no key, or another one"),
     "not_found": Kind(status=404, type=NOT_FOUND, about="no such route"),
     "model_not_found": Kind(status=404, type=NOT_FOUND, about="another model than the one that is served"),
+    "job_not_found": Kind(status=404, type=NOT_FOUND, about="no such job: it never was, has expired, or was deleted"),
     "method_not_allowed": Kind(status=405, type=INVALID, about="the route is there, for another method"),
     "not_acceptable": Kind(status=406, type=INVALID, about="`Accept` names nothing that can be sent"),
     "body_timeout": Kind(status=408, type=INVALID, about="the body did not arrive in time"),
+    "job_not_done": Kind(status=409, type=INVALID, about="the job has no result: it waits, runs, or was cancelled"),
     "body_too_large": Kind(status=413, type=INVALID, about="the body is over the limit; it was not read to its end"),
     "unsupported_media_type": Kind(status=415, type=INVALID, about="`Content-Type` is neither an image nor a form"),
     "unsupported_image_format": Kind(
@@ -55,8 +57,12 @@ ERRORS = {
     "image_too_large": Kind(status=422, type=INVALID, about="more pixels than are taken, or a longer side"),
     "animated_not_supported": Kind(status=422, type=INVALID, about="the upload is an animation"),
     "image_timeout": Kind(status=422, type=INVALID, about="decoding took too long and was stopped"),
+    "idempotency_key_reused": Kind(status=422, type=INVALID, about="the `Idempotency-Key` belongs to a job of other content"),
     "queue_full": Kind(
         status=429, type=RATE_LIMIT, about="too many requests wait already; `Retry-After` says when to come again"
+    ),
+    "too_many_jobs": Kind(
+        status=429, type=RATE_LIMIT, about="no room for another job's result; fetch or delete some, or wait for `Retry-After`"
     ),
     "client_closed_request": Kind(status=499, type=INVALID, about="the caller left; only logs and metrics show it"),
     "internal_error": Kind(status=500, type=SERVER, about="a mistake of ours; the log has it under the request id"),
@@ -95,12 +101,15 @@ class ApiError(Exception):
         self.code, self.message, self.param, self.retry_after_s = code, message, param, retry_after_s
         self.kind = ERRORS[code]
 
+    def body(self) -> dict[str, str | None]:
+        """What `error` is in the answer."""
+        return {"message": self.message, "type": self.kind.type, "code": self.code, "param": self.param}
+
     def response(self) -> Response:
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         if self.kind.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        body = {"message": self.message, "type": self.kind.type, "code": self.code, "param": self.param}
-        response = JSONResponse({"error": body}, self.kind.status, headers)
+        response = JSONResponse({"error": self.body()}, self.kind.status, headers)
         # the log line and the metrics read it there
         response.headers["x-clipdit-error"] = self.code
         return response
@@ -127,7 +136,7 @@ def install(app: FastAPI) -> None:
 
 def field_error(found: dict) -> ApiError:
     """The answer to one of pydantic's complaints."""
-    name = ".".join(str(part) for part in found["loc"] if part not in ("query", "body"))
+    name = ".".join(str(part) for part in found["loc"] if part not in ("query", "body", "header", "path"))
     match found["type"]:
         case "extra_forbidden":
             return ApiError("unknown_field", f"there is no field {name} here; leave it out", param=name)

@@ -13,7 +13,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 """Bounds of the histogram of batches."""
 
-REFUSALS = frozenset(("queue_full", "loading", "draining", "model_unavailable", "deadline_exceeded"))
+REFUSALS = frozenset(("queue_full", "too_many_jobs", "loading", "draining", "model_unavailable", "deadline_exceeded"))
 """Codes of `clipdit_rejected_total`."""
 
 BAD_INPUTS = frozenset(
@@ -36,6 +36,7 @@ class Metrics:
         self._rejected = Counter("clipdit_rejected", "Requests that could not be served", ["reason"], registry=registry)
         self._bad_input = Counter("clipdit_bad_input", "Uploads that are no image to us", ["reason"], registry=registry)
         self._cancelled = Counter("clipdit_cancelled", "Callers who left before the answer", registry=registry)
+        self._jobs = Counter("clipdit_jobs", "Jobs that ended", ["status"], registry=registry)
         self._info = Info("clipdit_model", "What is served", registry=registry)
         Gauge("clipdit_queue_depth", "Requests that wait for a batch", registry=registry).set_function(waiting)
 
@@ -56,6 +57,10 @@ class Metrics:
         self._model.observe(report.seconds)
         for wait_s in report.waits_s:
             self._wait.observe(wait_s)
+
+    def job(self, status: str) -> None:
+        """One job ended: done, failed or cancelled."""
+        self._jobs.labels(status).inc()
 
     def model(self, info: ModelInfo) -> None:
         self._info.info({"revision": info.fingerprint[:12], "backend": info.backend, "precision": info.precision})

@@ -1,8 +1,10 @@
 """uvicorn, from the first request to the last one after SIGTERM.
 
 SIGTERM   readyz says 503 and new translations are refused at once, while the port stays open: whoever balances load sees it
-          before connections fail. When everybody who was admitted has his answer, and `linger_s` is over, the port closes.
-SIGINT    the same without lingering; a second one, of either kind, does not wait for anybody.
+          before connections fail. When everybody who was admitted has his answer, every job's result was fetched, and
+          `linger_s` is over, the port closes.
+SIGINT    the same without lingering, and without waiting for results to be fetched; a second one, of either kind, does not wait
+          for anybody.
 """
 
 import logging
@@ -16,6 +18,7 @@ from fastapi import FastAPI
 
 from clipdit_serve.decoding import Decoder
 from clipdit_serve.engine import Engine
+from clipdit_serve.jobs import Jobs
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class Server(uvicorn.Server):
             )
         )
         self._engine, self._decoder, self._on_ready = engine, decoder, on_ready
+        self._jobs: Jobs | None = app.state.jobs
         self._linger_s, self._drain_s = linger_s, drain_s
         self._announced = False
         self.signal: int | None = None
@@ -82,8 +86,8 @@ class Server(uvicorn.Server):
             return True  # it could not be loaded: whoever called us says why
         if self.signal is not None:
             for_s = time.monotonic() - self._signalled_s
-            lingered = self.signal == signal.SIGINT or for_s >= self._linger_s
-            if (self._engine.idle and lingered) or for_s >= self._drain_s:
+            left = for_s >= self._linger_s and (self._jobs is None or self._jobs.settled)
+            if (self._engine.idle and (left or self.signal == signal.SIGINT)) or for_s >= self._drain_s:
                 return True
         return await super().on_tick(counter)
 

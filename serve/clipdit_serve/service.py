@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from clipdit.images import encode_image
+from clipdit.images import Placement, encode_image
 from clipdit_serve.decoding import Decoder
 from clipdit_serve.engine import Answer, Engine, ModelInfo, Task
 from clipdit_serve.errors import ApiError
+from clipdit_serve.fields import Format
 from clipdit_serve.settings import ServeSettings
 from clipdit_serve.uploads import Reader
 
@@ -32,10 +33,42 @@ class Ask:
     seed: int | None
     steps: int | None
     guidance: float | None
-    format: str
-    """png, webp or jpeg."""
+    format: Format
     quality: int
     """0 to 100, of webp and jpeg."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """An upload that was decoded, and what is wanted of it."""
+
+    task: Task
+    placement: Placement
+    """The way back to the upload's size."""
+    notes: tuple[str, ...]
+    """What had to be converted in the upload."""
+    decode_s: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Translated:
+    """An answer that is not encoded yet. It is as small as the model's images, however large its upload was."""
+
+    answer: Answer
+    placement: Placement
+    seed: int
+    notes: tuple[str, ...]
+    decode_s: float
+
+    @classmethod
+    def of(cls, prepared: Prepared, answer: Answer) -> "Translated":
+        return cls(
+            answer=answer,
+            placement=prepared.placement,
+            seed=prepared.task.seed,
+            notes=prepared.notes,
+            decode_s=prepared.decode_s,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,7 +76,7 @@ class Picture:
     """An answer, encoded."""
 
     data: bytes
-    format: str
+    format: Format
     width: int
     """Pixels, as the upload's."""
     height: int
@@ -93,39 +126,63 @@ class Service:
 
     async def translate(self, request: Request, image: bytes, ask: Ask) -> Picture:
         """ApiError for whatever goes wrong, the caller leaving included."""
-        try:
-            async with asyncio.timeout(self.settings.timeout_s):
-                return await _unless_the_caller_leaves(request, self._translate(image, ask))
-        except TimeoutError:
-            raise ApiError("deadline_exceeded", f"no answer within {self.settings.timeout_s:g} s; come again later") from None
+        return await self.attended(request, self._translate(image, ask))
 
     async def _translate(self, image: bytes, ask: Ask) -> Picture:
-        seed = secrets.randbelow(SEEDS) if ask.seed is None else ask.seed
         with self.engine.admit():
-            began = time.perf_counter()
-            upload = await self.decoder.decode(image, self._model().limits, self.settings.size, self.settings.fit)
-            decode_s = time.perf_counter() - began
-            answer = await self.engine.translate(Task(image=upload.image, seed=seed, steps=ask.steps, guidance=ask.guidance))
-            began = time.perf_counter()
+            prepared = await self.prepare(image, ask)
+            answer = await self.engine.translate(prepared.task)
+            return await self.encode(Translated.of(prepared, answer), ask.format, ask.quality)
 
-            def encode() -> tuple[bytes, int, int]:
-                restored = upload.placement.restore(answer.image)
-                data = encode_image(restored, ask.format.upper(), quality=ask.quality, effort=PNG_EFFORT)
-                return data, restored.shape[2], restored.shape[1]
+    async def attended(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` returns. ApiError, and the end of `work`, when that takes too long or the caller leaves."""
+        try:
+            async with self.deadline():
+                return await _unless_the_caller_leaves(request, work)
+        except TimeoutError:
+            raise self.too_late() from None
 
-            try:
-                data, width, height = await asyncio.to_thread(encode)
-            except OSError as error:  # the longest side that a format can have, mostly
-                raise ApiError("not_acceptable", f"the result cannot be encoded as {ask.format}: {error}; ask for png") from error
+    def deadline(self) -> asyncio.Timeout:
+        """Around what must end in time; TimeoutError where it does not."""
+        return asyncio.timeout(self.settings.timeout_s)
+
+    def too_late(self) -> ApiError:
+        return ApiError("deadline_exceeded", f"no answer within {self.settings.timeout_s:g} s; come again later")
+
+    async def prepare(self, image: bytes, ask: Ask) -> Prepared:
+        """Decode an upload, within `engine.admit`. ApiError for one that cannot be used."""
+        began = time.perf_counter()
+        upload = await self.decoder.decode(image, self._model().limits, self.settings.size, self.settings.fit)
+        seed = secrets.randbelow(SEEDS) if ask.seed is None else ask.seed
+        return Prepared(
+            task=Task(image=upload.image, seed=seed, steps=ask.steps, guidance=ask.guidance),
+            placement=upload.placement,
+            notes=upload.notes,
+            decode_s=time.perf_counter() - began,
+        )
+
+    async def encode(self, translated: Translated, format: Format, quality: int) -> Picture:
+        """In the upload's size. ApiError (not_acceptable) where that is more than the format can hold."""
+        began = time.perf_counter()
+
+        def encode() -> tuple[bytes, int, int]:
+            restored = translated.placement.restore(translated.answer.image)
+            data = encode_image(restored, format.upper(), quality=quality, effort=PNG_EFFORT)
+            return data, restored.shape[2], restored.shape[1]
+
+        try:
+            data, width, height = await asyncio.to_thread(encode)
+        except OSError as error:  # the longest side that a format can have, mostly
+            raise ApiError("not_acceptable", f"the result cannot be encoded as {format}: {error}; ask for png") from error
         return Picture(
             data=data,
-            format=ask.format,
+            format=format,
             width=width,
             height=height,
-            seed=seed,
-            notes=upload.notes,
-            answer=answer,
-            decode_s=decode_s,
+            seed=translated.seed,
+            notes=translated.notes,
+            answer=translated.answer,
+            decode_s=translated.decode_s,
             encode_s=time.perf_counter() - began,
         )
 

@@ -57,16 +57,24 @@ class ServeSettings:
     max_steps: int = 200
     """Solver steps that a caller may ask for."""
 
+    max_jobs: int = 256
+    """Jobs that are kept, those that wait or run included; 0 leaves the routes of jobs out."""
+    max_jobs_bytes: int = 2**28
+    """Pixels of all jobs together: what a finished one keeps is of the model's size, and that may be the upload's."""
+    job_keep_s: float = 600.0
+    """How long a finished job is kept, seconds."""
+
     def __post_init__(self) -> None:
         positive = (
             "max_batch queue timeout_s hang_s max_body_bytes max_bodies_bytes body_timeout_s max_pixels max_side decode_timeout_s"
-            " decode_memory_bytes decode_processes max_steps"
+            " decode_memory_bytes decode_processes max_steps max_jobs_bytes job_keep_s"
         ).split()
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted more than 0")
-        if not self.max_wait_ms >= 0:
-            raise ValueError(f"max_wait_ms is {self.max_wait_ms}; wanted 0 or more")
+        for name in ("max_wait_ms", "max_jobs"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted 0 or more")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key.strip()):
             raise ValueError("the API key holds characters that a header cannot carry, or none; wanted printable ASCII")
 

@@ -124,6 +124,33 @@ async def test_one_image_that_the_model_fails_on_costs_nobody_else_an_answer():
     engine.close()
 
 
+async def test_a_ticket_knows_its_place_is_told_of_its_start_once_and_can_be_given_back():
+    gate = Gate()
+
+    def fail_together(images: torch.Tensor) -> None:
+        gate(images)
+        if len(images) > 1:
+            raise ValueError("one by one, please")
+
+    engine = await started(Identity(before=fail_together), ServeSettings(max_wait_ms=0))
+    starts: list[int] = []
+
+    def submit(number: int):
+        return engine.submit(Task(image=numbered(number), seed=number), lambda: starts.append(number))
+
+    first = submit(1)
+    await until(gate.reached.is_set)
+    second, third, fourth = submit(2), submit(3), submit(4)
+    assert [ticket.place for ticket in (first, second, third, fourth)] == [None, 1, 2, 3]
+    third.leave()
+    assert [ticket.place for ticket in (second, third, fourth)] == [1, None, 2]
+    gate.opened.set()
+    answers = [await ticket.answer() for ticket in (first, second, fourth)]
+    assert [number_of(answer.image) for answer in answers] == [1, 2, 4]
+    assert starts == [1, 2, 4]  # although the batch of the last two was tried again in halves
+    engine.close()
+
+
 async def test_out_of_memory_halves_the_batches_for_good_and_loses_nothing():
     def at_most_3(images: torch.Tensor) -> None:
         if len(images) > 3:

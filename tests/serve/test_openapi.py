@@ -51,6 +51,10 @@ def test_the_document_names_every_route_and_what_it_may_answer(url: str):
     assert set(paths) == {
         "/v1/translate",
         "/v1/images/edits",
+        "/v1/jobs",
+        "/v1/jobs/{id}",
+        "/v1/jobs/{id}/result",
+        "/v1/jobs/{id}/events",
         "/v1/models",
         "/v1/models/{model}",
         "/livez",
@@ -59,11 +63,18 @@ def test_the_document_names_every_route_and_what_it_may_answer(url: str):
         "/healthz",
         "/metrics",
     }
-    for path in ("/v1/translate", "/v1/images/edits"):
+    for path in ("/v1/translate", "/v1/images/edits", "/v1/jobs"):
         operation = paths[path]["post"]
         assert {"400", "401", "404", "406", "408", "413", "415", "422", "429", "500", "503", "504"} <= set(operation["responses"])
         fields = operation["requestBody"]["content"]["multipart/form-data"]["schema"]
         assert fields["additionalProperties"] is False and "image" in fields["required"]
+    create = paths["/v1/jobs"]["post"]
+    assert "Location" in create["responses"]["202"]["headers"] and "200" not in create["responses"]
+    assert "Idempotency-Key" in [parameter["name"] for parameter in create["parameters"]]
+    events = paths["/v1/jobs/{id}/events"]["get"]
+    assert list(events["responses"]["200"]["content"]) == ["text/event-stream"] and "204" in events["responses"]
+    assert "Last-Event-ID" in [parameter["name"] for parameter in events["parameters"]]
+    assert {"404", "406", "409", "500", "503", "504"} <= set(paths["/v1/jobs/{id}/result"]["get"]["responses"])
 
 
 @pytest.mark.parametrize("cases", [20, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])

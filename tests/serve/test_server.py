@@ -62,7 +62,7 @@ def test_the_lines_of_the_documentation_are_true(running: Running, tmp_path: Pat
         pytest.skip("needs curl")
     (tmp_path / "drawing.png").write_bytes(IMAGE)
     text = PAGE.read_text().replace("http://127.0.0.1:8000", running.url)
-    curls = re.findall(r"^curl .*$", text, re.MULTILINE)
+    curls = re.findall(r"^curl .*$", text.partition("## Jobs")[0], re.MULTILINE)
     assert len(curls) == 2
     for line in curls:
         line = line.replace("curl ", f"curl -sS -H 'Authorization: Bearer {KEY}' ", 1)
@@ -76,6 +76,36 @@ def test_the_lines_of_the_documentation_are_true(running: Running, tmp_path: Pat
     code = code.replace('api_key="anything"', f'api_key="{KEY}"')
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert torch.equal(read_image(tmp_path / "emoji.png"), wanted)
+
+
+def test_the_lines_of_the_documentation_on_jobs_are_true(running: Running, tmp_path: Path):
+    """As one script, since each line needs the one before."""
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    (tmp_path / "drawing.png").write_bytes(IMAGE)
+    (script,) = re.findall(r"^## Jobs.*?^```sh\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    script = script.replace("http://127.0.0.1:8000", running.url).replace("curl ", f"curl -H 'Authorization: Bearer {KEY}' ")
+    done = subprocess.run(["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    id = json.loads((tmp_path / "job.json").read_text())["id"]
+    assert re.findall(r"^event: (\w+)$", done.stdout, re.MULTILINE) == ["queued", "running", "done"]
+    assert [json.loads(line)["id"] for line in re.findall(r"^data: (.*)$", done.stdout, re.MULTILINE)] == [id] * 3
+    assert [json.loads(line)["status"] for line in re.findall(r"{[^{}]*}", done.stdout)[-2:]] == ["done", "done"]
+    assert (tmp_path / "emoji.webp").read_bytes()[8:12] == b"WEBP"
+    with client(running) as ours:
+        assert ours.get(f"/v1/jobs/{id}").status_code == 404
+
+
+def test_a_broken_stream_of_events_goes_on_where_it_broke(running: Running):
+    with client(running) as ours:
+        path = ours.post("/v1/jobs", content=IMAGE, headers=PNG).headers["location"]
+        with ours.stream("GET", f"{path}/events") as stream:
+            first = next(stream.iter_text())  # and leave
+        assert first.startswith("event: queued\n")
+        rest = ours.get(f"{path}/events", headers={"last-event-id": "1"})
+        assert re.findall(r"^id: (\d+)$", rest.text, re.MULTILINE) == ["2", "3"]
+        assert ours.get(f"{path}/events", headers={"last-event-id": "3"}).status_code == 204
+        assert ours.delete(path).json()["status"] == "done"
 
 
 def test_a_body_over_the_limit_is_answered_before_it_is_sent(running: Running):
@@ -197,6 +227,28 @@ async def test_sigterm_under_load_loses_no_admitted_request_and_readyz_says_503_
     # what came in was answered, and what was not answered never came in
     assert sorted([(line["request_id"], line["status"], line["error"]) for line in lines], key=str) == sorted(outcomes, key=str)
     assert len(unanswered) == 8 and not {line["request_id"] for line in lines} & set(unanswered)
+
+
+def test_after_sigterm_accepted_jobs_are_finished_and_the_process_waits_until_they_are_fetched():
+    service = Running("--max-batch", "1", "--linger-s", "0")
+    wanted = Translator(FakeBackend()).translate_image(numbered(7), seed=1)
+    with httpx2.Client(base_url=service.url, timeout=20) as ours:
+        paths = [ours.post("/v1/jobs?seed=1", content=IMAGE, headers=PNG).headers["location"] for _ in range(5)]
+        service.process.send_signal(signal.SIGTERM)
+        while ours.get("/readyz").status_code == 200:
+            time.sleep(0.01)
+        refused = ours.post("/v1/jobs", content=IMAGE, headers=PNG)
+        assert (refused.status_code, refused.headers["x-clipdit-error"]) == (503, "draining")
+        for path in paths:
+            assert ours.get(f"{path}/events").text.count("event: done\n") == 1
+        time.sleep(0.5)
+        assert service.process.poll() is None  # all are done, and nobody has them
+        for path in paths:
+            assert torch.equal(read_image(ours.get(f"{path}/result").content), wanted)
+    assert service.process.wait(10) == 0
+    lines = service.stop()
+    assert [line["message"] for line in lines].count("job done") == 5
+    assert not [line for line in lines if line["level"] != "INFO"]
 
 
 @pytest.mark.slow

@@ -23,6 +23,8 @@ def test_any_other_bind_needs_a_key_or_to_be_asked_for(host: str):
         ({"queue": -1}, "queue is -1"),
         ({"timeout_s": float("nan")}, "timeout_s is nan"),
         ({"max_wait_ms": -1.0}, "max_wait_ms is -1.0; wanted 0 or more"),
+        ({"max_jobs": -1}, "max_jobs is -1; wanted 0 or more"),
+        ({"job_keep_s": 0.0}, "job_keep_s is 0.0; wanted more than 0"),
         ({"api_key": ""}, "the API key"),
         ({"api_key": "a\nb"}, "the API key"),
         ({"api_key": "schlüssel"}, "the API key"),

@@ -33,11 +33,13 @@ def serve(
     size: Annotated[str | None, tyro.conf.arg(metavar="HxW|own|nearest")] = None,
     fit: Literal["pad", "crop", "stretch"] = "pad",
     decode_processes: int = 2,
+    max_jobs: int = 256,
+    job_keep_s: float = 600.0,
     linger_s: float = 2.0,
     drain_s: float = 30.0,
     json: bool = False,
 ) -> int:
-    """Answer translations by HTTP: OpenAI's POST /v1/images/edits, and POST /v1/translate.
+    """Answer translations by HTTP: OpenAI's POST /v1/images/edits, POST /v1/translate, and jobs under /v1/jobs.
 
     Says in one line where, when the model is warm. With the environment variable CLIPDIT_API_KEY set, every route but health
     and the page needs `Authorization: Bearer KEY`; without it only this machine can reach the service.
@@ -59,8 +61,10 @@ def serve(
             that is most like it. The model's if not given.
         fit: how: pad keeps the aspect and adds a border, which is cut off again; crop keeps the centre; stretch distorts.
         decode_processes: uploads decoded at the same time.
+        max_jobs: jobs that are kept, those that wait included; 0 switches jobs off.
+        job_keep_s: how long a finished job is kept.
         linger_s: after SIGTERM the port stays open so long, with /readyz at 503.
-        drain_s: after SIGTERM or Ctrl-C answers are waited for so long.
+        drain_s: after SIGTERM or Ctrl-C answers are waited for so long; after SIGTERM also for results to be fetched.
         json: log as JSON lines, and say the address as JSON.
     """
     import signal
@@ -91,6 +95,8 @@ def serve(
         size=parse_size(size),
         fit=fit,
         decode_processes=decode_processes,
+        max_jobs=max_jobs,
+        job_keep_s=job_keep_s,
     )
     check_bind(host, settings, insecure=insecure)
     _check_model(Path(locate(model or BUILT_IN)), backend)

@@ -34,7 +34,10 @@ def error_responses(*codes: str) -> dict[int | str, dict[str, Any]]:
 
 
 OF_EVERY_ROUTE = ("invalid_api_key", "internal_error")
-OF_TRANSLATION = tuple(code for code, kind in ERRORS.items() if kind.status not in (405, 499) and code != "not_found")
+OF_JOBS = ("job_not_found", "job_not_done", "idempotency_key_reused", "too_many_jobs")
+OF_TRANSLATION = tuple(
+    code for code, kind in ERRORS.items() if kind.status not in (405, 499) and code not in ("not_found", *OF_JOBS)
+)
 """What a route that translates may answer."""
 
 BINARY = {"type": "string", "format": "binary"}

@@ -8,10 +8,10 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from clipdit_serve.errors import ApiError
-from clipdit_serve.fields import TranslateFields, parse
+from clipdit_serve.fields import Format, TranslateFields, parse
 from clipdit_serve.routes.documentation import OF_TRANSLATION, error_responses, form_body, image_bodies
 from clipdit_serve.service import Ask, Picture, Service
-from clipdit_serve.uploads import choose_format
+from clipdit_serve.uploads import Reading, choose_format
 
 OFFERED = ["image/png", "image/webp", "image/jpeg", "application/json"]
 """Media types of answers; the first where the caller takes any."""
@@ -33,31 +33,48 @@ def router(service: Service) -> APIRouter:
     async def translate(request: Request, query: Annotated[TranslateFields, Query()]) -> Response:
         """The image as the body, its settings in the query; or a form with all of them. `Accept` chooses the answer's format:
         the bytes of a PNG, WebP or JPEG, or JSON with the image in base64."""
-        for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
-            if count > 1:
-                raise ApiError("invalid_value", f"{name} is there {count} times; send it once", param=name)
+        refuse_repeats(request)
         media_type = choose_format(request.headers.get("accept"), OFFERED)
         service.refuse_early()
         with service.reader.hold() as reading:
-            body = await reading.form_or_image(request)
-            fields = parse(TranslateFields, query.model_dump(exclude_unset=True) | body.fields)
-            service.check_model(fields.model)
-            service.check_steps(fields.steps, "steps")
-            as_json = media_type == "application/json"
-            ask = Ask(
-                seed=fields.seed,
-                steps=fields.steps,
-                guidance=fields.guidance,
-                format="png" if as_json else media_type.removeprefix("image/"),
-                quality=fields.quality,
-            )
-            picture = await service.translate(request, body.image, ask)
-        headers = answer_headers(service, picture)
-        if as_json:
-            return JSONResponse(_described(service, picture), headers=headers)
-        return Response(picture.data, media_type=media_type, headers=headers)
+            image, ask = await read_ask(service, reading, request, query, format_of(media_type))
+            picture = await service.translate(request, image, ask)
+        return respond(service, picture, media_type)
 
     return routes
+
+
+def refuse_repeats(request: Request) -> None:
+    """ApiError for a query that names something twice."""
+    for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
+        if count > 1:
+            raise ApiError("invalid_value", f"{name} is there {count} times; send it once", param=name)
+
+
+def format_of(media_type: str) -> Format:
+    """Of the image in an answer of this type."""
+    formats: dict[str, Format] = {"image/webp": "webp", "image/jpeg": "jpeg"}
+    return formats.get(media_type, "png")
+
+
+async def read_ask(
+    service: Service, reading: Reading, request: Request, query: TranslateFields, format: Format = "png"
+) -> tuple[bytes, Ask]:
+    """The upload of a request, and what is wanted of it, from query and form. ApiError for what cannot be."""
+    body = await reading.form_or_image(request)
+    fields = parse(TranslateFields, query.model_dump(exclude_unset=True) | body.fields)
+    service.check_model(fields.model)
+    service.check_steps(fields.steps, "steps")
+    ask = Ask(seed=fields.seed, steps=fields.steps, guidance=fields.guidance, format=format, quality=fields.quality)
+    return body.image, ask
+
+
+def respond(service: Service, picture: Picture, media_type: str) -> Response:
+    """A picture as the body, or in JSON."""
+    headers = answer_headers(service, picture)
+    if media_type == "application/json":
+        return JSONResponse(_described(service, picture), headers=headers)
+    return Response(picture.data, media_type=media_type, headers=headers)
 
 
 def answer_headers(service: Service, picture: Picture) -> dict[str, str]:
