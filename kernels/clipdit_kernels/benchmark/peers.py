@@ -21,7 +21,7 @@ def inductor(operation: Callable[..., Any], *, own_products: bool = False) -> Ca
     """torch.compile at its best for a loop that is one CUDA graph anyway: each shape by itself, kernels and their settings chosen
     by timing them. Products are cuBLAS's unless `own_products`: where it could choose its own, of bfloat16, it did so where they
     were slower or not at all, and it took minutes (docs/kernels.md)."""
-    options: dict[str, str | bool] = {"max_autotune": True, "coordinate_descent_tuning": True}
+    options: dict[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True}
     if not own_products:
         options["max_autotune_gemm_backends"] = "ATEN"
     return torch.compile(operation, options=options, dynamic=False, fullgraph=True)
