@@ -14,7 +14,8 @@ STOPS_WITHIN_S = 10.0
 
 @contextlib.contextmanager
 def running(options: Sequence[str]) -> Iterator[str]:
-    """The address of a `clipdit serve` with these options, at a free port; it is ready, and ends with the block.
+    """The address of a `clipdit serve` with these options, at a free port; it is ready, and ends with the block, also when
+    SIGTERM ends us. Call it from the main thread.
 
     ValueError, with what it said last, when it does not start."""
     start = "import sys; from clipdit.cli import main; sys.exit(main())"
@@ -22,6 +23,8 @@ def running(options: Sequence[str]) -> Iterator[str]:
     with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody reads would block it
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         assert process.stdout is not None
+        # by default SIGTERM ends a Python without another word, and the service would go on alone
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             line = process.stdout.readline()
             if not line:
@@ -31,6 +34,7 @@ def running(options: Sequence[str]) -> Iterator[str]:
                 raise ValueError(f"the service does not start: {said}")
             yield json.loads(line)["url"]
         finally:
+            signal.signal(signal.SIGTERM, before)
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(STOPS_WITHIN_S)

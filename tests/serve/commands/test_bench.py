@@ -1,11 +1,15 @@
 """`clipdit bench serve`, through real sockets."""
 
 import json
+import signal
 import socket
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
-from serving import Running, numbered, png
+from serving import CLIPDIT, Running, numbered, png
 
 from clipdit import cli
 
@@ -91,3 +95,18 @@ def test_a_service_that_does_not_start_says_why(tmp_path: Path, capsys: pytest.C
     assert cli.main(words) == cli.WRONG_INPUT
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "clipdit: the service does not start: queue is 0; wanted more than 0"
+
+
+@pytest.mark.slow
+def test_a_load_test_that_is_ended_leaves_no_service_behind(tmp_path: Path):
+    words = ["bench", "serve", "--backend", "fake", "--out", str(tmp_path / "load.json"), "--rates", "5", "--seconds", "60"]
+    process = subprocess.Popen([CLIPDIT, *words], stderr=subprocess.PIPE, text=True)
+    ours = psutil.Process(process.pid)
+    while not any(child.net_connections() for child in ours.children()):  # it listens
+        assert process.poll() is None
+        time.sleep(0.2)
+    children = ours.children(recursive=True)
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert psutil.wait_procs(children, timeout=20)[1] == []
