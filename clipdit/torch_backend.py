@@ -38,7 +38,7 @@ VARIANTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def attention_order(device: torch.device) -> list[SDPBackend]:
     """Which of PyTorch's attentions to try first; empty is PyTorch's own order. From Hopper on that takes FlashAttention 2,
-    which took 1.3 to 1.7 times as long as cuDNN's on an H200 (docs/kernels.md)."""
+    which took 1.2 to 1.7 times as long as cuDNN's on an H200 (docs/kernels.md)."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return []
     return [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -45,7 +45,7 @@ class DefaultAttention(EagerBackend):
 
 class Compiled(GraphedBackend):
     """torch.compile with max-autotune, each shape by itself, and the loop as one CUDA graph: what is compared is kernels, not
-    launches. Products are cuBLAS's, which it chose wherever it could choose its own as well (docs/kernels.md). A block is
+    launches. Products are cuBLAS's, which it chose for 64 images; for one it may choose its own (docs/kernels.md). A block is
     compiled, and all blocks are that one; as a block ends with the norm of the next, nothing is left to be fused across them."""
 
     options: ClassVar[dict[str, str | bool]] = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
