@@ -19,8 +19,8 @@ ATTENTIONS = {
 
 def inductor(operation: Callable[..., Any], *, own_products: bool = False) -> Callable[..., Any]:
     """torch.compile at its best for a loop that is one CUDA graph anyway: each shape by itself, kernels and their settings chosen
-    by timing them. Products are cuBLAS's unless `own_products`: choosing among its own as well took minutes, and cuBLAS's for large
-    ones (docs/kernels.md)."""
+    by timing them. Products are cuBLAS's unless `own_products`: choosing among its own as well takes minutes, and for large ones
+    it chose cuBLAS's (docs/kernels.md)."""
     options: dict[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True}
     if not own_products:
         options["max_autotune_gemm_backends"] = "ATEN"
