@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import cv2
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
@@ -132,10 +134,13 @@ def to_u8(image: Float[Tensor, "*batch 3 H W"]) -> UInt8[Tensor, "*batch 3 H W"]
 
 def encode_image(image_u8: UInt8[Tensor, "3 H W"], format: str = "PNG", *, quality: int = 95, effort: int = 6) -> bytes:
     """The bytes of an image file; format as Pillow names it ("PNG", "JPEG", "WEBP" ...). quality, 0 to 100, for lossy formats.
-    effort, 0 to 9, for PNG: zlib's level; 1 takes half the time of 6 and about a tenth more bytes."""
+    effort, 0 to 9, for PNG: zlib's level; 1 takes a third of the time of 6 and about a tenth more bytes."""
     if format.upper() not in WRITE_FORMATS.values():
         raise ValueError(f'image format is "{format}"; wanted one of {", ".join(sorted(set(WRITE_FORMATS.values())))}')
-    image = Image.fromarray(image_u8.detach().cpu().permute(1, 2, 0).contiguous().numpy())
+    pixels = image_u8.detach().cpu().permute(1, 2, 0).contiguous().numpy()
+    if format.upper() == "PNG" and effort <= 1:
+        return _encode_png_in_haste(pixels, effort)
+    image = Image.fromarray(pixels)
     # Full chroma resolution: thin coloured lines lose their colour under JPEG's usual 4:2:0.
     options = {
         "JPEG": {"quality": quality, "subsampling": 0},
@@ -145,6 +150,16 @@ def encode_image(image_u8: UInt8[Tensor, "3 H W"], format: str = "PNG", *, quali
     buffer = io.BytesIO()
     image.save(buffer, format=format, **options)
     return buffer.getvalue()
+
+
+def _encode_png_in_haste(pixels: UInt8[np.ndarray, "H W 3"], level: int) -> bytes:
+    """Each row as its difference to the one above. Pillow tries five such filters on every row, whatever the level: of 256 x 256
+    pixels at level 1 that takes two thirds again as long, for 1 to 6 % fewer bytes."""
+    options = [cv2.IMWRITE_PNG_COMPRESSION, level, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
+    written, data = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options)
+    if not written:  # its limits are on sides and pixels, and above ours
+        raise OSError(f"{pixels.shape[1]} x {pixels.shape[0]} pixels are too many for a PNG")
+    return data.tobytes()
 
 
 def write_image(path: Path | str, image_u8: UInt8[Tensor, "3 H W"], *, quality: int = 95) -> None:
