@@ -76,14 +76,14 @@ class Reloads:
     async def _reload(self) -> None:
         began, result, changes = time.monotonic(), "done", []
         for name, engine in self._engines.items():
-            before = engine.model
+            before, told = engine.model, f"{name} " if len(self._engines) > 1 else ""
             try:
                 after = await asyncio.wrap_future(engine.reload())
             except Exception as error:
                 result = "refused"
-                changes.append(f"{_of(name)}{_revision(before)} goes on: {error}")
+                changes.append(f"{told}{_revision(before)} goes on: {error}")
                 break
-            changes.append(f"{_of(name)}{_revision(before)} -> {_revision(after)}")
+            changes.append(f"{told}{_revision(before)} -> {_revision(after)}")
         said = f"{'; '.join(changes)} ({time.monotonic() - began:.1f} s)"
         self.last = Reload(result=result, said=said, at_s=time.time())
         logger.log(logging.INFO if result == "done" else logging.ERROR, "reload %s: %s", result, said, extra={"reload": result})
@@ -109,10 +109,6 @@ def check_limits(old: Limits, new: Limits, size: Size) -> None:
             )
         return
     new.check_images((1, 3, *(size if isinstance(size, tuple) else new.native_size)))
-
-
-def _of(name: str) -> str:
-    return f"{name} " if name else ""
 
 
 def _revision(info: ModelInfo | None) -> str:
