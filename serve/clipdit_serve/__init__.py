@@ -11,7 +11,10 @@ jobs.py       translations that are asked for now and fetched later
 guards.py     what stands around every route: key, request id, log line, metrics
 decoding.py   uploads become pixels in processes that can be killed
 engine.py     the seam between the routes and what runs the model, here or on other machines
+variants.py   several ways to run one model in one service, each an engine of its own
+opening.py    a model as it lies in its folder now
 batching.py   the engine of one process: a queue, and a thread that owns the model
+reloading.py  a model that is replaced while it serves
 pace.py       how long batches take: Retry-After, refusals of what would come too late, and whether a batch hangs
 metrics.py    Prometheus metrics
 logs.py       JSON lines

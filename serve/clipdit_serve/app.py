@@ -14,26 +14,30 @@ from clipdit_serve.engine import Engine
 from clipdit_serve.guards import Authorisation, Record
 from clipdit_serve.jobs import Jobs
 from clipdit_serve.metrics import Metrics
+from clipdit_serve.reloading import Reloads
 from clipdit_serve.routes import jobs, openai, operations, page, translate
 from clipdit_serve.service import Service
 from clipdit_serve.settings import ServeSettings
+from clipdit_serve.variants import Variants
 
 logger = logging.getLogger(__name__)
 
 
-def create_app(engine: Engine, decoder: Decoder, settings: ServeSettings) -> FastAPI:
-    """The application. Its lifespan starts and closes the engine and the decoder; its jobs, or None where there are none, are in
-    `app.state.jobs`.
+def create_app(engine: Engine | Variants, decoder: Decoder, settings: ServeSettings) -> FastAPI:
+    """The application. Its lifespan starts and closes the engines and the decoder; its jobs, or None where there are none, are in
+    `app.state.jobs`, and `app.state.reloads` reloads the engines.
 
     It has no pages that load scripts from elsewhere (/docs, /redoc), no CORS headers, and fetches no addresses.
     """
-    metrics = Metrics(waiting=lambda: engine.health().waiting)
-    service = Service(engine, decoder, settings)
+    engines = Variants.of(engine)
+    metrics = Metrics(engines)
+    service = Service(engines, decoder, settings)
+    reloads = Reloads(engines, on_end=metrics.reload)
     kept = Jobs(service, on_end=metrics.job) if settings.max_jobs else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine.start(metrics.batch)
+        engines.start(metrics.batch)
         starting = asyncio.create_task(decoder.start())
         starting.add_done_callback(_say_why_not)
         try:
@@ -41,7 +45,8 @@ def create_app(engine: Engine, decoder: Decoder, settings: ServeSettings) -> Fas
         finally:
             if kept is not None:
                 await kept.close()
-            engine.close()
+            await reloads.close()
+            engines.close()
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             await asyncio.to_thread(decoder.close)
@@ -49,13 +54,13 @@ def create_app(engine: Engine, decoder: Decoder, settings: ServeSettings) -> Fas
     app = FastAPI(
         title="clipdit", version=version("clipdit"), lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    app.state.jobs = kept
-    app.include_router(page.router())
+    app.state.jobs, app.state.reloads = kept, reloads
+    app.include_router(page.router(engines))
     app.include_router(translate.router(service))
     app.include_router(openai.router(service))
     if kept is not None:
         app.include_router(jobs.router(service, kept))
-    app.include_router(operations.router(service, metrics))
+    app.include_router(operations.router(service, metrics, reloads))
     errors.install(app)
 
     if settings.api_key is not None:

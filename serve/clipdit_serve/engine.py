@@ -5,6 +5,7 @@ it can, and how long one must wait where it cannot. Whatever goes wrong is an `A
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -38,6 +39,8 @@ class Answer:
     """Fitted, as the task's."""
     sampling: SamplingDefaults
     """With which steps, guidance and solver."""
+    fingerprint: str
+    """Of the weights that made it: `engine.model` may be another by the time it is read."""
     queue_s: float
     """From the task's arrival to the start of its batch."""
     model_s: float
@@ -108,7 +111,7 @@ class Engine(Protocol):
 
     @property
     def model(self) -> ModelInfo | None:
-        """None until the model is loaded."""
+        """The one that serves; None until the first is loaded."""
         ...
 
     def start(self, on_batch: Callable[[BatchReport], None]) -> None:
@@ -132,6 +135,14 @@ class Engine(Protocol):
     async def translate(self, task: Task) -> Answer:
         """`submit`, and the answer. When the awaiting task is cancelled, an image that is not in the model yet never gets
         there."""
+        ...
+
+    def reload(self) -> Future[ModelInfo]:
+        """Open the model anew, load and warm it beside the one that serves, and put it in its place between two batches; returns
+        at once. The future holds the new model when every later batch is its own; or the exception, one line, for which the old
+        one goes on as if nothing had been asked: a ValueError or OSError for what was found where the model lies. One reload at a
+        time. It must take every image that was fitted to the old one's limits (`clipdit_serve.reloading.check_limits`): those
+        that are decoded by then are answered by it."""
         ...
 
     @property

@@ -36,6 +36,11 @@ Steps = Annotated[
     Annotated[int, Field(ge=1)] | None, OrNothing, Field(description="Solver steps; the model's default if left out.")
 ]
 Quality = Annotated[int, Field(ge=0, le=100, description="Of webp and jpeg.")]
+VariantName = Annotated[
+    str | None,
+    OrNothing,
+    Field(description="How the model is run, where the service offers several ways; the names after the colon in GET /v1/models."),
+]
 ModelName = Annotated[str | None, OrNothing, Field(description="As GET /v1/models names it.")]
 
 
@@ -45,6 +50,7 @@ class TranslateFields(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: ModelName = None
+    variant: VariantName = None
     seed: Seed = None
     steps: Steps = None
     guidance: Guidance = None

@@ -164,14 +164,15 @@ class Jobs:
     async def accept(self, image: bytes, ask: Ask, *, key: str | None, digest: str) -> Job:
         """A new job, in the queue; or the one that was made with this key meanwhile. ApiError where there can be none."""
         with ExitStack() as stack:
-            stack.enter_context(self._service.engine.admit())
+            engine = self._service.engines[ask.variant]
+            stack.enter_context(engine.admit())
             prepared = await self._service.prepare(image, ask)
             # from here on nothing is awaited: a twin that came while we decoded is seen, and nobody else takes the room
             if (twin := self.find(key, digest)) is not None:
                 return twin
             job = Job(ask, seed=prepared.task.seed, size_bytes=prepared.task.image.nbytes)
             self._make_room(job.size_bytes)
-            ticket = self._service.engine.submit(prepared.task, partial(_call_in, asyncio.get_running_loop(), job.start))
+            ticket = engine.submit(prepared.task, partial(_call_in, asyncio.get_running_loop(), job.start))
             job.queue(ticket)
             task = asyncio.create_task(self._answer(ticket, prepared))
             # not within the task: one that is cancelled before its first step never runs at all

@@ -1,11 +1,17 @@
 """Prometheus metrics, in base units. One registry an application, so that several can live in one process."""
 
-from collections.abc import Callable
+from typing import TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from prometheus_client.metrics import MetricWrapperBase
+
 from clipdit_serve.engine import BatchReport, ModelInfo
+from clipdit_serve.reloading import Result
+from clipdit_serve.variants import Variants
+
+Metric = TypeVar("Metric", bound=MetricWrapperBase)
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Bounds of the histograms of time."""
@@ -23,22 +29,29 @@ BAD_INPUTS = frozenset(
 
 
 class Metrics:
-    """The metrics of one application."""
+    """The metrics of one application. Those of a model have the label `variant` where there are several."""
 
-    def __init__(self, waiting: Callable[[], int]):
+    def __init__(self, engines: Variants):
         self.registry = CollectorRegistry()
         registry = self.registry
+        self._by_variant = ["variant"] if engines.several else []
+        by = self._by_variant
         self._requests = Counter("clipdit_requests", "Requests answered", ["route", "code"], registry=registry)
         self._seconds = Histogram("clipdit_request_seconds", "From head to answer", ["route"], buckets=SECONDS, registry=registry)
-        self._wait = Histogram("clipdit_queue_wait_seconds", "In the queue", buckets=SECONDS, registry=registry)
-        self._batch = Histogram("clipdit_batch_size", "Images in a batch, padding left out", buckets=IMAGES, registry=registry)
-        self._model = Histogram("clipdit_model_seconds", "Of a batch in the model", buckets=SECONDS, registry=registry)
+        self._wait = Histogram("clipdit_queue_wait_seconds", "In the queue", by, buckets=SECONDS, registry=registry)
+        self._batch = Histogram("clipdit_batch_size", "Images in a batch, padding left out", by, buckets=IMAGES, registry=registry)
+        self._model = Histogram("clipdit_model_seconds", "Of a batch in the model", by, buckets=SECONDS, registry=registry)
         self._rejected = Counter("clipdit_rejected", "Requests that could not be served", ["reason"], registry=registry)
         self._bad_input = Counter("clipdit_bad_input", "Uploads that are no image to us", ["reason"], registry=registry)
         self._cancelled = Counter("clipdit_cancelled", "Callers who left before the answer", registry=registry)
         self._jobs = Counter("clipdit_jobs", "Jobs that ended", ["status"], registry=registry)
-        self._info = Info("clipdit_model", "What is served", registry=registry)
-        Gauge("clipdit_queue_depth", "Requests that wait for a batch", registry=registry).set_function(waiting)
+        self._reloads = Counter("clipdit_reloads", "Reloads of the model that are over", ["result"], registry=registry)
+        for result in get_args(Result):
+            self._reloads.labels(result)  # there from the start: an alarm asks whether it grew
+        self._info = Info("clipdit_model", "What is served", by, registry=registry)
+        depth = Gauge("clipdit_queue_depth", "Requests that wait for a batch", by, registry=registry)
+        for name, engine in engines.items():
+            self._of(depth, name).set_function(lambda engine=engine: engine.health().waiting)
 
     def request(self, route: str, status: int, code: str | None, seconds: float) -> None:
         """One request is over. route: its template, never what the caller sent; code: of its error."""
@@ -51,19 +64,26 @@ class Metrics:
         elif code == "client_closed_request":
             self._cancelled.inc()
 
-    def batch(self, report: BatchReport) -> None:
+    def batch(self, variant: str, report: BatchReport) -> None:
         """One batch is over. Any thread may call it."""
-        self._batch.observe(report.images)
-        self._model.observe(report.seconds)
+        self._of(self._batch, variant).observe(report.images)
+        self._of(self._model, variant).observe(report.seconds)
         for wait_s in report.waits_s:
-            self._wait.observe(wait_s)
+            self._of(self._wait, variant).observe(wait_s)
 
     def job(self, status: str) -> None:
         """One job ended: done, failed or cancelled."""
         self._jobs.labels(status).inc()
 
-    def model(self, info: ModelInfo) -> None:
-        self._info.info({"revision": info.fingerprint[:12], "backend": info.backend, "precision": info.precision})
+    def reload(self, result: Result) -> None:
+        """One reload is over: done or refused."""
+        self._reloads.labels(result).inc()
+
+    def model(self, variant: str, info: ModelInfo) -> None:
+        self._of(self._info, variant).info({"revision": info.fingerprint[:12], "backend": info.backend, "precision": info.precision})
+
+    def _of(self, metric: Metric, variant: str) -> Metric:
+        return metric.labels(variant) if self._by_variant else metric
 
     def exposition(self) -> tuple[bytes, str]:
         """(text, its content type)."""

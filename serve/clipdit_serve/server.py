@@ -5,10 +5,15 @@ SIGTERM   readyz says 503 and new translations are refused at once, while the po
           `linger_s` is over, the port closes.
 SIGINT    the same without lingering, and without waiting for results to be fetched; a second one, of either kind, does not wait
           for anybody.
+SIGHUP    the model is opened anew and takes the place of the one that serves; see reloading.py. But when it comes because the
+          terminal is gone that the service was started in, it is SIGTERM: nobody could end the service there any more.
 """
 
+import asyncio
 import logging
+import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -19,6 +24,8 @@ from fastapi import FastAPI
 from clipdit_serve.decoding import Decoder
 from clipdit_serve.engine import Engine
 from clipdit_serve.jobs import Jobs
+from clipdit_serve.reloading import Reloads
+from clipdit_serve.variants import Variants
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +34,7 @@ class Server(uvicorn.Server):
     """Serves an application of `create_app`.
 
     Args:
-        engine: the application's; drained at a signal.
+        engine: the application's, or all of them; drained at a signal.
         decoder: the application's.
         linger_s: from SIGTERM to the port's end, at least, seconds.
         drain_s: likewise at most; who has no answer by then gets none.
@@ -37,7 +44,7 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         app: FastAPI,
-        engine: Engine,
+        engine: Engine | Variants,
         decoder: Decoder,
         *,
         host: str,
@@ -60,8 +67,10 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=5,  # by then nobody waits but those whose answer is being sent
             )
         )
-        self._engine, self._decoder, self._on_ready = engine, decoder, on_ready
+        self._engines, self._decoder, self._on_ready = Variants.of(engine), decoder, on_ready
         self._jobs: Jobs | None = app.state.jobs
+        self._reloads: Reloads = app.state.reloads
+        self._had_terminal = _has_terminal()
         self._linger_s, self._drain_s = linger_s, drain_s
         self._announced = False
         self.signal: int | None = None
@@ -74,20 +83,29 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self.signal, self._signalled_s = sig, time.monotonic()
-        self._engine.drain()
+        self._engines.drain()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
+
+    def _hang_up(self) -> None:
+        if self._had_terminal and not _has_terminal():
+            self.handle_exit(signal.SIGTERM, None)
+        else:
+            self._reloads.ask()
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""
-        health = self._engine.health()
-        if not self._announced and health.state == "ready" and self._decoder.ready:
+        if not self._announced and self._engines.dead:
+            return True  # it could not be loaded: whoever called us says why
+        if not self._announced and self._engines.health().state == "ready" and self._decoder.ready:
             self._announced = True
             self._on_ready(self.address)
-        if not self._announced and health.state == "dead":
-            return True  # it could not be loaded: whoever called us says why
         if self.signal is not None:
             for_s = time.monotonic() - self._signalled_s
             left = for_s >= self._linger_s and (self._jobs is None or self._jobs.settled)
-            if (self._engine.idle and (left or self.signal == signal.SIGINT)) or for_s >= self._drain_s:
+            if (self._engines.idle and (left or self.signal == signal.SIGINT)) or for_s >= self._drain_s:
                 return True
         return await super().on_tick(counter)
 
@@ -96,3 +114,12 @@ class Server(uvicorn.Server):
         """http://HOST:PORT, with the port that was taken where 0 was asked for."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _has_terminal() -> bool:
+    """Whether this process belongs to one that is there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

@@ -11,11 +11,12 @@ from starlette.requests import Request
 
 from clipdit.images import Placement, encode_image
 from clipdit_serve.decoding import Decoder
-from clipdit_serve.engine import Answer, Engine, ModelInfo, Task
+from clipdit_serve.engine import Answer, Engine, Task
 from clipdit_serve.errors import ApiError
 from clipdit_serve.fields import Format
 from clipdit_serve.settings import ServeSettings
 from clipdit_serve.uploads import Reader
+from clipdit_serve.variants import Variants
 
 T = TypeVar("T")
 
@@ -30,6 +31,8 @@ PNG_EFFORT = 1
 class Ask:
     """What a caller wants; None is the model's default, or for the seed a new one."""
 
+    variant: str
+    """One that is served."""
     seed: int | None
     steps: int | None
     guidance: float | None
@@ -43,6 +46,7 @@ class Prepared:
     """An upload that was decoded, and what is wanted of it."""
 
     task: Task
+    variant: str
     placement: Placement
     """The way back to the upload's size."""
     notes: tuple[str, ...]
@@ -55,6 +59,7 @@ class Translated:
     """An answer that is not encoded yet. It is as small as the model's images, however large its upload was."""
 
     answer: Answer
+    variant: str
     placement: Placement
     seed: int
     notes: tuple[str, ...]
@@ -64,6 +69,7 @@ class Translated:
     def of(cls, prepared: Prepared, answer: Answer) -> "Translated":
         return cls(
             answer=answer,
+            variant=prepared.variant,
             placement=prepared.placement,
             seed=prepared.task.seed,
             notes=prepared.notes,
@@ -80,6 +86,8 @@ class Picture:
     width: int
     """Pixels, as the upload's."""
     height: int
+    model: str
+    """What made it; see `Service.model_id`."""
     seed: int
     notes: tuple[str, ...]
     """What had to be converted in the upload."""
@@ -99,39 +107,59 @@ class Picture:
 class Service:
     """What the routes share."""
 
-    def __init__(self, engine: Engine, decoder: Decoder, settings: ServeSettings):
-        self.engine, self.decoder, self.settings = engine, decoder, settings
+    def __init__(self, engines: Engine | Variants, decoder: Decoder, settings: ServeSettings):
+        self.engines, self.decoder, self.settings = Variants.of(engines), decoder, settings
         self.reader = Reader(
             max_bytes=settings.max_body_bytes, max_together=settings.max_bodies_bytes, timeout_s=settings.body_timeout_s
         )
 
-    def check_model(self, name: str | None) -> None:
-        """ApiError when a caller names another model."""
-        if name not in (None, self.settings.model_name):
-            raise ApiError("model_not_found", f"model is {name}; there is {self.settings.model_name}", param="model")
+    @property
+    def models(self) -> dict[str, str]:
+        """Variants by the names of models that callers may use: that of the model for the default, and, where there are several,
+        that of the model and the variant for each."""
+        name = self.settings.model_name
+        return {name: self.engines.default} | ({f"{name}:{v}": v for v in self.engines} if self.engines.several else {})
+
+    def variant(self, model: str | None, variant: str | None = None) -> str:
+        """What a caller names. ApiError (model_not_found, invalid_value) for what is not served, or for two at the same time."""
+        if model is not None and model not in self.models:
+            raise ApiError("model_not_found", f"model is {model[:128]}; there is {', '.join(self.models)}", param="model")
+        by_model = None if model in (None, self.settings.model_name) else self.models[model]
+        if variant is not None and by_model not in (None, self.engines.find(variant)):
+            raise ApiError("invalid_value", f"variant is {variant}, and model is {model}; send one of the two", param="variant")
+        return self.engines.find(variant if by_model is None else by_model)
 
     def check_steps(self, steps: int | None, name: str) -> None:
         """ApiError for more steps than are allowed, under the name that the route has for them."""
         if steps is not None and steps > self.settings.max_steps:
             raise ApiError("invalid_value", f"{name} is {steps}; wanted 1 to {self.settings.max_steps}", param=name)
 
-    def refuse_early(self) -> None:
-        """ApiError when a request would not be admitted: asked before its body is read."""
-        with self.engine.admit():
-            pass
+    def refuse_early(self, variant: str | None = None) -> None:
+        """ApiError when a request would not be admitted: asked before its body is read. variant: None where the body may name one;
+        then it is refused when none of them would admit it."""
+        refusals = []
+        for engine in [self.engines[variant]] if variant is not None else self.engines.values():
+            try:
+                with engine.admit():
+                    return
+            except ApiError as error:
+                refusals.append(error)
+        raise refusals[0]
 
-    def model_id(self) -> str:
-        """Of the header x-clipdit-model: the name, and the weights behind it."""
-        return f"{self.settings.model_name}@{self._model().fingerprint[:12]}"
+    def model_id(self, variant: str, fingerprint: str) -> str:
+        """Of the header x-clipdit-model: the name, the variant where there are several, and the weights behind it."""
+        name = f"{self.settings.model_name}:{variant}" if self.engines.several else self.settings.model_name
+        return f"{name}@{fingerprint[:12]}"
 
     async def translate(self, request: Request, image: bytes, ask: Ask) -> Picture:
         """ApiError for whatever goes wrong, the caller leaving included."""
         return await self.attended(request, self._translate(image, ask))
 
     async def _translate(self, image: bytes, ask: Ask) -> Picture:
-        with self.engine.admit():
+        engine = self.engines[ask.variant]
+        with engine.admit():
             prepared = await self.prepare(image, ask)
-            answer = await self.engine.translate(prepared.task)
+            answer = await engine.translate(prepared.task)
             return await self.encode(Translated.of(prepared, answer), ask.format, ask.quality)
 
     async def attended(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -150,12 +178,15 @@ class Service:
         return ApiError("deadline_exceeded", f"no answer within {self.settings.timeout_s:g} s; come again later")
 
     async def prepare(self, image: bytes, ask: Ask) -> Prepared:
-        """Decode an upload, within `engine.admit`. ApiError for one that cannot be used."""
+        """Decode an upload, within `admit` of the variant's engine. ApiError for one that cannot be used."""
         began = time.perf_counter()
-        upload = await self.decoder.decode(image, self._model().limits, self.settings.size, self.settings.fit)
+        model = self.engines[ask.variant].model
+        assert model is not None, "whoever is admitted meets a model"
+        upload = await self.decoder.decode(image, model.limits, self.settings.size, self.settings.fit)
         seed = secrets.randbelow(SEEDS) if ask.seed is None else ask.seed
         return Prepared(
             task=Task(image=upload.image, seed=seed, steps=ask.steps, guidance=ask.guidance),
+            variant=ask.variant,
             placement=upload.placement,
             notes=upload.notes,
             decode_s=time.perf_counter() - began,
@@ -179,17 +210,13 @@ class Service:
             format=format,
             width=width,
             height=height,
+            model=self.model_id(translated.variant, translated.answer.fingerprint),
             seed=translated.seed,
             notes=translated.notes,
             answer=translated.answer,
             decode_s=translated.decode_s,
             encode_s=time.perf_counter() - began,
         )
-
-    def _model(self) -> ModelInfo:
-        model = self.engine.model
-        assert model is not None, "whoever is admitted meets a model"
-        return model
 
 
 async def _unless_the_caller_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:

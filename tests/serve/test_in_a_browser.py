@@ -29,8 +29,8 @@ FACE = [
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Running]:
-    """The built-in model."""
-    running = Running(backend="eager", environment={"CLIPDIT_API_KEY": KEY})
+    """The built-in model, and a variant that makes negatives."""
+    running = Running(backend="eager,fake", environment={"CLIPDIT_API_KEY": KEY})
     yield running
     running.stop()
 
@@ -136,9 +136,16 @@ def test_the_keyboard_is_enough(opened, tmp_path: Path):
     page.keyboard.type("7")
     page.keyboard.press("Tab")
     page.keyboard.type("2")  # steps
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")  # over guidance
+    assert page.evaluate("document.activeElement.id") == "variant"
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")  # over the key, to the button
     page.keyboard.press("Enter")
     page.wait_for_selector("#compare.ready", timeout=60_000)
-    assert page.inner_text("#said").endswith("seed 7")
+    said = page.inner_text("#said")
+    assert said.startswith("fake: ") and said.endswith("seed 7")
     assert page.evaluate("document.getElementById('result').naturalWidth") == 64  # the file itself was sent
     page.focus("#shown")
     for _ in range(3):
@@ -149,6 +156,43 @@ def test_the_keyboard_is_enough(opened, tmp_path: Path):
         page.keyboard.press("Enter")
     assert download.value.suggested_filename == "translation.png"
     assert Path(download.value.path()).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("scheme, width", [("light", 1100), ("dark", 390)])
+def test_a_variant_is_chosen_and_the_answer_is_its_own(scheme: str, width: int, opened):
+    page = opened(color_scheme=scheme, viewport={"width": width, "height": 860}, has_touch=width < 500)
+    assert page.locator("#variant option").all_inner_texts() == ["eager", "fake"]
+    assert page.input_value("#variant") == "eager"  # the service's default
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    boxes = {name: page.locator(f"#{name}").bounding_box() for name in ("seed", "steps", "guidance", "variant", "go")}
+    assert boxes["seed"]["y"] == boxes["steps"]["y"] == boxes["guidance"]["y"]
+    assert boxes["variant"]["y"] == boxes["go"]["y"] and boxes["variant"]["height"] == boxes["go"]["height"]
+    assert min(box["height"] for box in boxes.values()) >= 40  # a thumb hits it
+    draw(page, FACE)
+    give_key(page)
+    page.fill("#steps", "2")
+    dark = {}
+    for name in ("eager", "fake"):
+        page.select_option("#variant", name)
+        page.click("#go")
+        page.get_by_text(f"{name}: ").wait_for(timeout=60_000)
+        page.wait_for_function("document.getElementById('result').complete")
+        dark[name] = dark_share(page, "#result")
+    assert dark["eager"] < 0.5 < 0.8 < dark["fake"]  # a line drawing's negative is black
+
+
+def test_where_there_is_one_variant_nobody_is_asked(browser):
+    running = Running()
+    try:
+        page = browser.new_page()
+        page.goto(running.url)
+        assert not page.get_by_label("Variant").is_visible()
+        draw(page, FACE[:1])
+        page.click("#go")
+        page.wait_for_selector("#compare.ready")
+        assert page.inner_text("#said")[0].isdigit()
+    finally:
+        running.stop()
 
 
 def test_lines_can_be_undone_erased_and_cleared(opened):

@@ -17,7 +17,7 @@ from clipdit_serve.settings import ServeSettings
 
 pytestmark = pytest.mark.anyio
 
-ASK = Ask(seed=1, steps=None, guidance=None, format="png", quality=95)
+ASK = Ask(variant="", seed=1, steps=None, guidance=None, format="png", quality=95)
 
 
 @contextlib.asynccontextmanager

@@ -16,6 +16,7 @@ from serving import Identity
 from clipdit_serve.app import create_app
 from clipdit_serve.batching import InProcessEngine
 from clipdit_serve.settings import ServeSettings
+from clipdit_serve.variants import Variants
 
 
 class Listening(uvicorn.Server):
@@ -32,10 +33,10 @@ class Listening(uvicorn.Server):
 @pytest.fixture(scope="module")
 def url(decoder) -> Iterator[str]:
     given = ServeSettings()
-    engine = InProcessEngine(Identity, given)
-    server = Listening(uvicorn.Config(create_app(engine, decoder, given), port=0, log_config=None, lifespan="on"))
+    engines = Variants({name: InProcessEngine(Identity, given) for name in ("int8", "fp32")})
+    server = Listening(uvicorn.Config(create_app(engines, decoder, given), port=0, log_config=None, lifespan="on"))
     thread = server.run_in_thread()
-    while engine.health().state != "ready":
+    while engines.health().state != "ready":
         time.sleep(0.01)
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True

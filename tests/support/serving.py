@@ -23,6 +23,7 @@ from clipdit_serve.app import create_app
 from clipdit_serve.batching import InProcessEngine, Model
 from clipdit_serve.decoding import DecodePool, Upload
 from clipdit_serve.settings import ServeSettings
+from clipdit_serve.variants import Variants
 
 CLIPDIT = Path(sys.executable).with_name("clipdit")
 
@@ -38,10 +39,18 @@ class Identity(Translator):
 
     Args:
         before: called with the images of each batch but those of the warm-up; may wait, or raise.
+        fingerprint: None is the fake backend's.
     """
 
-    def __init__(self, *, max_batch: int | None = None, before: Callable[[torch.Tensor], None] = lambda images: None):
+    def __init__(
+        self,
+        *,
+        max_batch: int | None = None,
+        before: Callable[[torch.Tensor], None] = lambda images: None,
+        fingerprint: str | None = None,
+    ):
         super().__init__(FakeBackend(native_size=(SIDE, SIDE), max_batch=max_batch))
+        self.backend.fingerprint = fingerprint or self.backend.fingerprint
         self.before = before
         self.batches: list[int] = []
         """Images of each, padding included."""
@@ -82,11 +91,33 @@ class Shared:
 
 
 @contextlib.asynccontextmanager
+async def served_variants(
+    models: dict[str, Callable[[], Model]], settings: ServeSettings, decoder, *, wait: bool = True
+) -> AsyncIterator[tuple[httpx2.AsyncClient, Variants]]:
+    """As `served`, of several variants by name."""
+    variants = Variants({name: InProcessEngine(open_model, settings) for name, open_model in models.items()})
+    async with _client_of(variants, settings, decoder) as client:
+        if wait:
+            await until(lambda: variants.health().state == "ready")
+        yield client, variants
+
+
+@contextlib.asynccontextmanager
 async def served(
     model: Model | Callable[[], Model], settings: ServeSettings, decoder, *, wait: bool = True
 ) -> AsyncIterator[tuple[httpx2.AsyncClient, InProcessEngine]]:
     """A client of an application, without a network between them. wait: until it is ready."""
     engine = InProcessEngine(model if not isinstance(model, Translator) else lambda: model, settings)
+    async with _client_of(engine, settings, decoder) as client:
+        if wait:
+            await until(lambda: engine.health().state == "ready")
+        yield client, engine
+
+
+@contextlib.asynccontextmanager
+async def _client_of(
+    engine: InProcessEngine | Variants, settings: ServeSettings, decoder
+) -> AsyncIterator[httpx2.AsyncClient]:
     app = create_app(engine, decoder, settings)
     limits = httpx2.Limits(max_connections=None)
     async with (
@@ -95,9 +126,7 @@ async def served(
             transport=httpx2.ASGITransport(app, raise_app_exceptions=False), base_url="http://test", limits=limits, timeout=60
         ) as client,
     ):
-        if wait:
-            await until(lambda: engine.health().state == "ready")
-        yield client, engine
+        yield client
 
 
 async def until(condition: Callable[[], bool], *, within_s: float = 10.0) -> None:

@@ -41,12 +41,14 @@ def serve(
 ) -> int:
     """Answer translations by HTTP: OpenAI's POST /v1/images/edits, POST /v1/translate, and jobs under /v1/jobs.
 
-    Says in one line where, when the model is warm. With the environment variable CLIPDIT_API_KEY set, every route but health
+    SIGHUP opens the model anew, without an error for anybody. Says in one line where, when the model is warm. With the environment variable CLIPDIT_API_KEY set, every route but health
     and the page needs `Authorization: Bearer KEY`; without it only this machine can reach the service.
 
     Args:
         model: checkpoint or bundle; the built-in one if not given.
-        backend: how to run it; the best one that can run here if not given.
+        backend: how to run it; the best one that can run here if not given. Several with commas between, such as
+            onnx:onnx-int8,onnx:onnx-fp32, are variants that callers choose from, the first if they do not; each is a model of its
+            own in memory, and they share the processors.
         device: cpu, cuda, cuda:1 ...; the best one here if not given.
         host: address to listen at. Another than this machine's own needs CLIPDIT_API_KEY, or --insecure.
         port: likewise; 0 takes a free one.
@@ -68,19 +70,19 @@ def serve(
         json: log as JSON lines, and say the address as JSON.
     """
     import signal
-    from functools import partial
     from pathlib import Path
 
     from clipdit.backend import BUILT_IN, locate
     from clipdit.cli import DONE, FAULT, INTERRUPTED
     from clipdit.commands.translate import parse_size
-    from clipdit.translator import Translator
     from clipdit_serve.app import create_app
     from clipdit_serve.batching import InProcessEngine
     from clipdit_serve.decoding import DecodePool
     from clipdit_serve.logs import log_as_json
+    from clipdit_serve.opening import opener
     from clipdit_serve.server import Server
     from clipdit_serve.settings import ServeSettings, check_bind
+    from clipdit_serve.variants import Variants
 
     if json:
         log_as_json()
@@ -99,25 +101,42 @@ def serve(
         job_keep_s=job_keep_s,
     )
     check_bind(host, settings, insecure=insecure)
-    _check_model(Path(locate(model or BUILT_IN)), backend)
+    backends = _backends(backend)
+    for one in backends.values():
+        _check_model(Path(locate(model or BUILT_IN)), one)
 
     def say(address: str) -> None:
         line = {"url": address, "model": settings.model_name} if json else f"{settings.model_name} at {address}"
         print(json_module.dumps(line) if json else line, flush=True)
 
-    engine = InProcessEngine(partial(Translator.open, model, backend=backend, device=device), settings)
-    decoder = DecodePool(settings)
-    app = create_app(engine, decoder, settings)
-    server = Server(app, engine, decoder, host=host, port=port, linger_s=linger_s, drain_s=drain_s, on_ready=say)
+    engines = {name: InProcessEngine(opener(model, backend=one, device=device), settings) for name, one in backends.items()}
+    variants, decoder = Variants(engines), DecodePool(settings)
+    app = create_app(variants, decoder, settings)
+    server = Server(app, variants, decoder, host=host, port=port, linger_s=linger_s, drain_s=drain_s, on_ready=say)
     try:
         server.run()
     except SystemExit:
         raise ValueError(f"cannot listen at {host}:{port}; the line above says why. Choose another --port") from None
-    if isinstance(engine.failure, ValueError | OSError):
-        raise engine.failure
-    if engine.failure is not None:
+    failures = [engine.failure for engine in engines.values() if engine.failure is not None]
+    for failure in failures:
+        if isinstance(failure, ValueError | OSError):
+            raise failure
+    if failures:
         return FAULT
     return INTERRUPTED if server.signal == signal.SIGINT else DONE
+
+
+def _backends(names: str | None) -> dict[str, str | None]:
+    """Backends by the names of their variants, the default first. ValueError where two have one name."""
+    from clipdit_serve.variants import variant_name
+
+    if names is None:
+        return {"": None}
+    words = names.split(",")
+    backends: dict[str, str | None] = {variant_name(word): word for word in words}
+    if len(backends) < len(words) or "" in backends:
+        raise ValueError(f"--backend is {names}; wanted names with commas between, each once")
+    return backends
 
 
 def _check_model(folder: "Path", backend: str | None) -> None:

@@ -20,7 +20,7 @@ from clipdit_serve.routes.documentation import (
     form_body,
     image_bodies,
 )
-from clipdit_serve.routes.translate import OFFERED, format_of, read_ask, refuse_repeats, respond
+from clipdit_serve.routes.translate import OFFERED, early_variant, format_of, read_ask, refuse_repeats, respond
 from clipdit_serve.service import Service
 from clipdit_serve.uploads import choose_format
 
@@ -93,7 +93,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
         `Idempotency-Key` with the same content is answered with the job that is there already."""
         refuse_repeats(request)
         if not jobs.knows(idempotency_key):  # else the job was accepted, whether or not another one would be now
-            service.refuse_early()
+            service.refuse_early(early_variant(service, request, query))
             jobs.check_room()
         with service.reader.hold() as reading:
             image, ask = await read_ask(service, reading, request, query)
@@ -132,7 +132,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
             raise ApiError("job_not_done", f"the job is {job.status}; {wait}")
         picture = await service.encode(job.translated, format_of(media_type), job.ask.quality)
         job.collected = True
-        return respond(service, picture, media_type)
+        return respond(picture, media_type)
 
     @routes.get(
         "/{id}/events",

@@ -43,7 +43,7 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All that is served: one model."""
+    """All that is served: the model, which is its default variant, and where there are several each of them."""
 
     object: str = "list"
     data: list[ModelCard]
@@ -67,9 +67,9 @@ def router(service: Service) -> APIRouter:
         with service.reader.hold() as reading:
             body = await reading.form(request)
             fields = parse(EditFields, body.fields)
-            service.check_model(fields.model)
             service.check_steps(fields.num_inference_steps, "num_inference_steps")
             ask = Ask(
+                variant=service.variant(fields.model),
                 seed=fields.seed,
                 steps=fields.num_inference_steps,
                 guidance=fields.guidance_scale,
@@ -84,15 +84,15 @@ def router(service: Service) -> APIRouter:
             size=f"{picture.width}x{picture.height}",
             seed=picture.seed,
         )
-        return JSONResponse(answer.model_dump(), headers=answer_headers(service, picture))
+        return JSONResponse(answer.model_dump(), headers=answer_headers(picture))
 
     @routes.get("/v1/models", summary="What is served", responses=error_responses(*OF_EVERY_ROUTE))
     async def models() -> ModelList:
-        return ModelList(data=[ModelCard(id=service.settings.model_name, created=started)])
+        return ModelList(data=[ModelCard(id=name, created=started) for name in service.models])
 
     @routes.get("/v1/models/{model}", summary="One of them", responses=error_responses("model_not_found", *OF_EVERY_ROUTE))
     async def model(model: str) -> ModelCard:
-        service.check_model(model)
+        service.variant(model)
         return ModelCard(id=model, created=started)
 
     return routes

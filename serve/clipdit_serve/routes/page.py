@@ -2,16 +2,25 @@
 
 import base64
 import hashlib
+import html
 import re
 from importlib.resources import files
 
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
+from clipdit_serve.variants import Variants
 
-def router() -> APIRouter:
+NO_CHOICE = '<select id="variant"></select>'
+"""What stands in the page where several variants are chosen from."""
+
+
+def router(engines: Variants) -> APIRouter:
     routes = APIRouter()
     text = (files("clipdit_serve") / "assets" / "page.html").read_text("utf-8")
+    if engines.several:  # here and not by a request of the page's: without a key it would be refused
+        options = "".join(f"<option>{html.escape(name)}</option>" for name in engines)
+        text = text.replace(NO_CHOICE, NO_CHOICE.replace("></", f">{options}</"))
     headers = {"content-security-policy": _policy(text), "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 
     @routes.get("/", include_in_schema=False)

@@ -35,11 +35,11 @@ def router(service: Service) -> APIRouter:
         the bytes of a PNG, WebP or JPEG, or JSON with the image in base64."""
         refuse_repeats(request)
         media_type = choose_format(request.headers.get("accept"), OFFERED)
-        service.refuse_early()
+        service.refuse_early(early_variant(service, request, query))
         with service.reader.hold() as reading:
             image, ask = await read_ask(service, reading, request, query, format_of(media_type))
             picture = await service.translate(request, image, ask)
-        return respond(service, picture, media_type)
+        return respond(picture, media_type)
 
     return routes
 
@@ -63,34 +63,49 @@ async def read_ask(
     """The upload of a request, and what is wanted of it, from query and form. ApiError for what cannot be."""
     body = await reading.form_or_image(request)
     fields = parse(TranslateFields, query.model_dump(exclude_unset=True) | body.fields)
-    service.check_model(fields.model)
     service.check_steps(fields.steps, "steps")
-    ask = Ask(seed=fields.seed, steps=fields.steps, guidance=fields.guidance, format=format, quality=fields.quality)
+    ask = Ask(
+        variant=service.variant(fields.model, fields.variant),
+        seed=fields.seed,
+        steps=fields.steps,
+        guidance=fields.guidance,
+        format=format,
+        quality=fields.quality,
+    )
     return body.image, ask
 
 
-def respond(service: Service, picture: Picture, media_type: str) -> Response:
+def early_variant(service: Service, request: Request, query: TranslateFields) -> str | None:
+    """The variant of a request whose body is not read yet; None where that is a form, which may name one. ApiError for what is
+    not served."""
+    named = query.variant is not None or query.model not in (None, service.settings.model_name)
+    if not named and request.headers.get("content-type", "").lower().startswith("multipart/"):
+        return None
+    return service.variant(query.model, query.variant)
+
+
+def respond(picture: Picture, media_type: str) -> Response:
     """A picture as the body, or in JSON."""
-    headers = answer_headers(service, picture)
+    headers = answer_headers(picture)
     if media_type == "application/json":
-        return JSONResponse(_described(service, picture), headers=headers)
+        return JSONResponse(_described(picture), headers=headers)
     return Response(picture.data, media_type=media_type, headers=headers)
 
 
-def answer_headers(service: Service, picture: Picture) -> dict[str, str]:
+def answer_headers(picture: Picture) -> dict[str, str]:
     """Of every answer that holds an image."""
     return {
-        "x-clipdit-model": service.model_id(),
+        "x-clipdit-model": picture.model,
         "x-clipdit-seed": str(picture.seed),
         "server-timing": picture.server_timing,
         "vary": "accept",
     }
 
 
-def _described(service: Service, picture: Picture) -> dict:
+def _described(picture: Picture) -> dict:
     sampling = picture.answer.sampling
     return {
-        "model": service.model_id(),
+        "model": picture.model,
         "seed": picture.seed,
         "steps": sampling.steps,
         "guidance": sampling.guidance,

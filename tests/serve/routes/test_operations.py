@@ -83,6 +83,7 @@ async def test_a_full_queue_is_not_ready(decoder):
     gate = Gate()
     async with served(Identity(before=gate), ServeSettings(queue=2, max_batch=1), decoder) as (client, engine):
         asking = [asyncio.create_task(client.post("/v1/translate", content=png(numbered(1)), headers=PNG)) for _ in range(3)]
+        await until(gate.reached.is_set)
         await until(lambda: engine.health().waiting == 2)
         assert (await client.get("/readyz")).json() == {"status": "full"}
         gate.opened.set()
