@@ -14,6 +14,7 @@ engine.py     the seam between the routes and what runs the model, here or on ot
 batching.py   the engine of one process: a queue, and a thread that owns the model
 pace.py       how long batches take: Retry-After, refusals of what would come too late, and whether a batch hangs
 metrics.py    Prometheus metrics
+tracing.py    OpenTelemetry traces
 logs.py       JSON lines
 server.py     uvicorn, from the first request to the last one after SIGTERM
 """

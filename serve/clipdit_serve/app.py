@@ -5,30 +5,41 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
 from clipdit_serve import errors
 from clipdit_serve.decoding import Decoder
 from clipdit_serve.engine import Engine
-from clipdit_serve.guards import Authorisation, Record
+from clipdit_serve.guards import HEALTH, Authorisation, Record
 from clipdit_serve.jobs import Jobs
 from clipdit_serve.metrics import Metrics
 from clipdit_serve.routes import jobs, openai, operations, page, translate
 from clipdit_serve.service import Service
 from clipdit_serve.settings import ServeSettings
+from clipdit_serve.tracing import Traces
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 logger = logging.getLogger(__name__)
 
 
-def create_app(engine: Engine, decoder: Decoder, settings: ServeSettings) -> FastAPI:
+def create_app(
+    engine: Engine, decoder: Decoder, settings: ServeSettings, *, tracer_provider: "TracerProvider | None" = None
+) -> FastAPI:
     """The application. Its lifespan starts and closes the engine and the decoder; its jobs, or None where there are none, are in
     `app.state.jobs`.
+
+    Args:
+        tracer_provider: where traces go; see tracing.py. Whoever made it shuts it down.
 
     It has no pages that load scripts from elsewhere (/docs, /redoc), no CORS headers, and fetches no addresses.
     """
     metrics = Metrics(waiting=lambda: engine.health().waiting)
-    service = Service(engine, decoder, settings)
+    traces = Traces(tracer_provider)
+    service = Service(engine, decoder, settings, traces)
     kept = Jobs(service, on_end=metrics.job) if settings.max_jobs else None
 
     @asynccontextmanager
@@ -47,7 +58,13 @@ def create_app(engine: Engine, decoder: Decoder, settings: ServeSettings) -> Fas
             await asyncio.to_thread(decoder.close)
 
     app = FastAPI(
-        title="clipdit", version=version("clipdit"), lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
+        title="clipdit",
+        version=version("clipdit"),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        **_telemetry(tracer_provider),
     )
     app.state.jobs = kept
     app.include_router(page.router())
@@ -60,8 +77,17 @@ def create_app(engine: Engine, decoder: Decoder, settings: ServeSettings) -> Fas
 
     if settings.api_key is not None:
         app.add_middleware(Authorisation, key=settings.api_key)
-    app.add_middleware(Record, metrics=metrics)  # the last one added is the outermost
+    app.add_middleware(Record, metrics=metrics, traces=traces)  # the last one added is the outermost
     return app
+
+
+def _telemetry(provider: "TracerProvider | None") -> dict[str, Any]:
+    """FastAPI's own tracing of requests: those of whoever watches the service left out, and none of its metrics and logs, which
+    would be told twice."""
+    if provider is None:
+        return {}
+    chosen = {"tracer_provider": provider, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False}
+    return {"telemetry": chosen | {"exclude": lambda scope: scope["path"] in HEALTH | {"/metrics"}}}
 
 
 def _say_why_not(starting: asyncio.Task) -> None:

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clipdit_serve.errors import ApiError
 from clipdit_serve.metrics import Metrics
+from clipdit_serve.tracing import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,8 @@ class Authorisation:
 class Record:
     """Gives each request an id, and writes down what became of it."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics):
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, traces: Traces):
+        self._app, self._metrics, self._traces = app, metrics, traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,6 +67,7 @@ class Record:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = id
                 code = headers.get("x-clipdit-error")
+                self._traces.request(scope, id=id, route=_route(scope), code=code)
             await send(message)
 
         try:
@@ -78,8 +80,13 @@ class Record:
             await internal.response()(scope, receive, send_with_id)
         finally:
             seconds = time.perf_counter() - began
-            route = getattr(scope.get("route"), "path", "other")  # never what the caller sent: each would be a metric of its own
+            route = _route(scope)
             self._metrics.request(route, status, code, seconds)
             if scope["path"] not in HEALTH or status >= 500:
                 fields = {"request_id": id, "route": route, "status": status, "error": code, "ms": round(1000 * seconds, 3)}
                 logger.info("%s %s %s", scope["method"], route, f"{status} {code}" if code else status, extra=fields)
+
+
+def _route(scope: Scope) -> str:
+    """Never what the caller sent: each would be a metric of its own."""
+    return getattr(scope.get("route"), "path", "other")

@@ -15,6 +15,7 @@ from clipdit_serve.engine import Answer, Engine, ModelInfo, Task
 from clipdit_serve.errors import ApiError
 from clipdit_serve.fields import Format
 from clipdit_serve.settings import ServeSettings
+from clipdit_serve.tracing import Traces
 from clipdit_serve.uploads import Reader
 
 T = TypeVar("T")
@@ -99,8 +100,8 @@ class Picture:
 class Service:
     """What the routes share."""
 
-    def __init__(self, engine: Engine, decoder: Decoder, settings: ServeSettings):
-        self.engine, self.decoder, self.settings = engine, decoder, settings
+    def __init__(self, engine: Engine, decoder: Decoder, settings: ServeSettings, traces: Traces | None = None):
+        self.engine, self.decoder, self.settings, self.traces = engine, decoder, settings, traces or Traces()
         self.reader = Reader(
             max_bytes=settings.max_body_bytes, max_together=settings.max_bodies_bytes, timeout_s=settings.body_timeout_s
         )
@@ -131,8 +132,14 @@ class Service:
     async def _translate(self, image: bytes, ask: Ask) -> Picture:
         with self.engine.admit():
             prepared = await self.prepare(image, ask)
-            answer = await self.engine.translate(prepared.task)
+            answer = await self._answer(prepared.task)
             return await self.encode(Translated.of(prepared, answer), ask.format, ask.quality)
+
+    async def _answer(self, task: Task) -> Answer:
+        with self.traces.watch() as watch:
+            answer = await self.engine.submit(task, watch.on_start()).answer()
+            watch.answered(answer, self.engine.model)
+        return answer
 
     async def attended(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
         """What `work` returns. ApiError, and the end of `work`, when that takes too long or the caller leaves."""
@@ -152,7 +159,9 @@ class Service:
     async def prepare(self, image: bytes, ask: Ask) -> Prepared:
         """Decode an upload, within `engine.admit`. ApiError for one that cannot be used."""
         began = time.perf_counter()
-        upload = await self.decoder.decode(image, self._model().limits, self.settings.size, self.settings.fit)
+        with self.traces.span("decode", upload_bytes=len(image)) as told:
+            upload = await self.decoder.decode(image, self._model().limits, self.settings.size, self.settings.fit)
+            told["notes"] = len(upload.notes)
         seed = secrets.randbelow(SEEDS) if ask.seed is None else ask.seed
         return Prepared(
             task=Task(image=upload.image, seed=seed, steps=ask.steps, guidance=ask.guidance),
@@ -171,7 +180,9 @@ class Service:
             return data, restored.shape[2], restored.shape[1]
 
         try:
-            data, width, height = await asyncio.to_thread(encode)
+            with self.traces.span("encode", format=format) as told:
+                data, width, height = await asyncio.to_thread(encode)
+                told |= {"width": width, "height": height, "answer_bytes": len(data)}
         except OSError as error:  # the longest side that a format can have, mostly
             raise ApiError("not_acceptable", f"the result cannot be encoded as {format}: {error}; ask for png") from error
         return Picture(

@@ -83,11 +83,11 @@ class Shared:
 
 @contextlib.asynccontextmanager
 async def served(
-    model: Model | Callable[[], Model], settings: ServeSettings, decoder, *, wait: bool = True
+    model: Model | Callable[[], Model], settings: ServeSettings, decoder, *, wait: bool = True, **more
 ) -> AsyncIterator[tuple[httpx2.AsyncClient, InProcessEngine]]:
-    """A client of an application, without a network between them. wait: until it is ready."""
+    """A client of an application, without a network between them. wait: until it is ready. more: for `create_app`."""
     engine = InProcessEngine(model if not isinstance(model, Translator) else lambda: model, settings)
-    app = create_app(engine, decoder, settings)
+    app = create_app(engine, decoder, settings, **more)
     limits = httpx2.Limits(max_connections=None)
     async with (
         app.router.lifespan_context(app),

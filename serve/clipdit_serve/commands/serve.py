@@ -78,9 +78,10 @@ def serve(
     from clipdit_serve.app import create_app
     from clipdit_serve.batching import InProcessEngine
     from clipdit_serve.decoding import DecodePool
-    from clipdit_serve.logs import log_as_json
+    from clipdit_serve.logs import log_as_json, log_trace_ids
     from clipdit_serve.server import Server
     from clipdit_serve.settings import ServeSettings, check_bind
+    from clipdit_serve.tracing import open_provider
 
     if json:
         log_as_json()
@@ -105,14 +106,20 @@ def serve(
         line = {"url": address, "model": settings.model_name} if json else f"{settings.model_name} at {address}"
         print(json_module.dumps(line) if json else line, flush=True)
 
+    tracer_provider = open_provider(os.environ)
+    if tracer_provider is not None:
+        log_trace_ids()
     engine = InProcessEngine(partial(Translator.open, model, backend=backend, device=device), settings)
     decoder = DecodePool(settings)
-    app = create_app(engine, decoder, settings)
+    app = create_app(engine, decoder, settings, tracer_provider=tracer_provider)
     server = Server(app, engine, decoder, host=host, port=port, linger_s=linger_s, drain_s=drain_s, on_ready=say)
     try:
         server.run()
     except SystemExit:
         raise ValueError(f"cannot listen at {host}:{port}; the line above says why. Choose another --port") from None
+    finally:
+        if tracer_provider is not None:
+            tracer_provider.shutdown()  # sends what is left
     if isinstance(engine.failure, ValueError | OSError):
         raise engine.failure
     if engine.failure is not None:
