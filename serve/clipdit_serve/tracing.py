@@ -12,6 +12,8 @@ What callers sent is in no attribute: neither images nor keys, and of their addr
 """
 
 import asyncio
+import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +29,8 @@ from clipdit_serve.errors import ApiError
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
+logger = logging.getLogger(__name__)
+
 TRACES_EXPORTER = "OTEL_TRACES_EXPORTER"
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
@@ -35,9 +39,13 @@ PROTOCOL = "http/protobuf"
 KNOWN_PARAMETERS = frozenset(("model", "seed", "steps", "guidance", "quality", "verbose"))
 """Of queries; the values of others are not told."""
 
+FLUSH_S = 3.0
+"""At the end the last spans may take so long to send, seconds."""
+
 
 def open_provider(environment: Mapping[str, str]) -> "TracerProvider | None":
-    """What sends spans to the collector that OpenTelemetry's variables name; None where they name none. Its owner shuts it down.
+    """What sends spans to the collector that OpenTelemetry's variables name; None where they name none. Its owner calls
+    `close_provider`.
 
     Only whether, and how, is decided here: the other variables (endpoint, headers, sampler, resource ...) are read by
     OpenTelemetry's SDK itself. ValueError for what cannot be had."""
@@ -65,9 +73,18 @@ def open_provider(environment: Mapping[str, str]) -> "TracerProvider | None":
         ) from error
     named = "OTEL_SERVICE_NAME" in environment or "service.name=" in environment.get("OTEL_RESOURCE_ATTRIBUTES", "")
     own = {} if named else {"service.name": "clipdit"}
-    provider = TracerProvider(resource=Resource.create({"service.version": version("clipdit"), **own}))
+    provider = TracerProvider(resource=Resource.create({"service.version": version("clipdit"), **own}), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider
+
+
+def close_provider(provider: "TracerProvider", *, within_s: float = FLUSH_S) -> None:
+    """Send what is left; for so long at most. OpenTelemetry by itself tries for a minute, longer than a service has to end."""
+    closing = threading.Thread(target=provider.shutdown, daemon=True)
+    closing.start()
+    closing.join(within_s)
+    if closing.is_alive():
+        logger.warning("the collector did not take the last traces within %g s", within_s)
 
 
 class Traces:

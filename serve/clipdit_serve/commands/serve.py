@@ -81,7 +81,7 @@ def serve(
     from clipdit_serve.logs import log_as_json, log_trace_ids
     from clipdit_serve.server import Server
     from clipdit_serve.settings import ServeSettings, check_bind
-    from clipdit_serve.tracing import open_provider
+    from clipdit_serve.tracing import close_provider, open_provider
 
     if json:
         log_as_json()
@@ -119,7 +119,7 @@ def serve(
         raise ValueError(f"cannot listen at {host}:{port}; the line above says why. Choose another --port") from None
     finally:
         if tracer_provider is not None:
-            tracer_provider.shutdown()  # sends what is left
+            close_provider(tracer_provider)
     if isinstance(engine.failure, ValueError | OSError):
         raise engine.failure
     if engine.failure is not None:
