@@ -16,5 +16,6 @@ pace.py       how long batches take: Retry-After, refusals of what would come to
 metrics.py    Prometheus metrics
 tracing.py    OpenTelemetry traces
 logs.py       JSON lines
+connections.py  bounds on the heads of requests
 server.py     uvicorn, from the first request to the last one after SIGTERM
 """

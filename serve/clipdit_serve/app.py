@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from clipdit_serve import errors
 from clipdit_serve.decoding import Decoder
 from clipdit_serve.engine import Engine
-from clipdit_serve.guards import HEALTH, Authorisation, Record
+from clipdit_serve.guards import HEALTH, METRICS, Authorisation, Ports, Record
 from clipdit_serve.jobs import Jobs
 from clipdit_serve.metrics import Metrics
 from clipdit_serve.routes import jobs, openai, operations, page, translate
@@ -27,12 +27,18 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(
-    engine: Engine, decoder: Decoder, settings: ServeSettings, *, tracer_provider: "TracerProvider | None" = None
+    engine: Engine,
+    decoder: Decoder,
+    settings: ServeSettings,
+    *,
+    metrics_port: int | None = None,
+    tracer_provider: "TracerProvider | None" = None,
 ) -> FastAPI:
     """The application. Its lifespan starts and closes the engine and the decoder; its jobs, or None where there are none, are in
     `app.state.jobs`.
 
     Args:
+        metrics_port: /metrics is answered to whoever comes through this port, without a key, and nowhere else.
         tracer_provider: where traces go; see tracing.py. Whoever made it shuts it down.
 
     It has no pages that load scripts from elsewhere (/docs, /redoc), no CORS headers, and fetches no addresses.
@@ -72,11 +78,13 @@ def create_app(
     app.include_router(openai.router(service))
     if kept is not None:
         app.include_router(jobs.router(service, kept))
-    app.include_router(operations.router(service, metrics))
+    app.include_router(operations.router(service, metrics, described=metrics_port is None))
     errors.install(app)
 
+    if metrics_port is not None:
+        app.add_middleware(Ports, metrics_port=metrics_port)
     if settings.api_key is not None:
-        app.add_middleware(Authorisation, key=settings.api_key)
+        app.add_middleware(Authorisation, key=settings.api_key, metrics_port=metrics_port)
     app.add_middleware(Record, metrics=metrics, traces=traces)  # the last one added is the outermost
     return app
 
@@ -87,7 +95,7 @@ def _telemetry(provider: "TracerProvider | None") -> dict[str, Any]:
     if provider is None:
         return {}
     chosen = {"tracer_provider": provider, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False}
-    return {"telemetry": chosen | {"exclude": lambda scope: scope["path"] in HEALTH | {"/metrics"}}}
+    return {"telemetry": chosen | {"exclude": lambda scope: scope["path"] in HEALTH | {METRICS}}}
 
 
 def _say_why_not(starting: asyncio.Task) -> None:

@@ -92,9 +92,16 @@ def test_the_manifest_holds_a_deployment_and_the_service_that_finds_its_pods():
     labels = found["Deployment"]["spec"]["template"]["metadata"]["labels"]
     assert found["Deployment"]["spec"]["selector"]["matchLabels"] == labels
     assert found["Service"]["spec"]["selector"] == labels
-    (port,) = container()["ports"]
-    assert port == {"name": "http", "containerPort": options()["port"]}
-    assert found["Service"]["spec"]["ports"][0]["targetPort"] == "http"
+    assert container()["ports"] == [
+        {"name": "http", "containerPort": options()["port"]}, {"name": "metrics", "containerPort": options()["metrics_port"]}
+    ]  # fmt: skip
+    assert [port["targetPort"] for port in found["Service"]["spec"]["ports"]] == ["http"]
+
+
+def test_prometheus_finds_the_metrics_at_their_port():
+    annotations = documents()["Deployment"]["spec"]["template"]["metadata"]["annotations"]
+    assert annotations == {"prometheus.io/scrape": "true", "prometheus.io/port": str(options()["metrics_port"])}
+    assert options()["metrics_host"] == "0.0.0.0"
 
 
 def test_probes_ask_routes_that_are_there_and_need_no_key():

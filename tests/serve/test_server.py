@@ -19,6 +19,7 @@ import httpx2
 import openai
 import pytest
 import torch
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from serving import PNG, Running, numbered, png
 
 from clipdit import cli
@@ -33,7 +34,9 @@ KEY = "a-key-of-a-test"
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
-    service = Running("--model-name", "edges", "--max-batch", "2", environment={"CLIPDIT_API_KEY": KEY})
+    service = Running(
+        "--model-name", "edges", "--max-batch", "2", "--metrics-port", "0", environment={"CLIPDIT_API_KEY": KEY}
+    )  # fmt: skip
     yield service
     service.stop()
 
@@ -43,10 +46,25 @@ def client(running: Running) -> httpx2.Client:
 
 
 def test_the_one_line_says_where_and_the_service_is_ready_by_then(running: Running):
-    assert json.loads(running.line) == {"url": running.url, "model": "edges"}
+    assert json.loads(running.line) == {"url": running.url, "model": "edges", "metrics": metrics_url(running)}
     assert running.address[0] == "127.0.0.1"
     assert httpx2.get(f"{running.url}/readyz").json() == {"status": "ready"}
     assert httpx2.get(f"{running.url}/v1/models").status_code == 401
+
+
+def metrics_url(running: Running) -> str:
+    return json.loads(running.line)["metrics"]
+
+
+def test_prometheus_reads_the_metrics_at_their_own_port_without_the_key(running: Running):
+    at = metrics_url(running)
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/metrics", at) and at != f"{running.url}/metrics"
+    families = {family.name for family in text_string_to_metric_families(httpx2.get(at).text)}
+    assert {"clipdit_requests", "clipdit_queue_depth", "clipdit_model"} <= families
+    with client(running) as ours:
+        assert ours.get("/metrics").status_code == 404
+    assert httpx2.get(at.replace("/metrics", "/v1/models")).status_code == 404
+    assert httpx2.get(at.replace("/metrics", "/readyz")).json() == {"status": "ready"}
 
 
 def test_the_official_client_translates_over_the_network(running: Running):
@@ -167,7 +185,9 @@ def test_callers_who_send_slowly_do_not_slow_the_others(running: Running):
 
 def test_callers_who_leave_are_counted_and_leave_nothing_behind(running: Running):
     def cancelled() -> float:
-        (line,) = [line for line in ours.get("/metrics").text.splitlines() if line.startswith("clipdit_cancelled_total")]
+        (line,) = [
+            line for line in httpx2.get(metrics_url(running)).text.splitlines() if line.startswith("clipdit_cancelled_total")
+        ]
         return float(line.split()[1])
 
     with client(running) as ours:
@@ -285,3 +305,14 @@ def test_a_port_that_is_taken_is_said_and_exit_code_2(capfd: pytest.CaptureFixtu
     lines = capfd.readouterr().err.splitlines()
     assert "address already in use" in lines[-2]
     assert lines[-1] == f"clipdit: cannot listen at 127.0.0.1:{port}; the line above says why. Choose another --port"
+
+
+def test_a_metrics_port_that_is_taken_or_the_services_own_is_one_line_and_exit_code_2(capfd: pytest.CaptureFixture[str]):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert cli.main(["serve", "--backend", "fake", "--port", "0", "--metrics-port", port]) == cli.WRONG_INPUT
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"clipdit: cannot listen at 127.0.0.1:{port}: ") and line.endswith("Choose another --metrics-port")
+    assert cli.main(["serve", "--backend", "fake", "--port", port, "--metrics-port", port]) == cli.WRONG_INPUT
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == f"clipdit: --metrics-port is {port}, and so is --port; choose another one, or leave it out"

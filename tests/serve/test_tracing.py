@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import re
+import socket
 import statistics
 import sys
 import threading
@@ -51,7 +52,9 @@ class Told:
 
 def about(span: ReadableSpan) -> dict:
     """Its own attributes of ours, without their prefix."""
-    return {name.removeprefix("clipdit."): value for name, value in (span.attributes or {}).items() if name.startswith("clipdit.")}
+    return {
+        name.removeprefix("clipdit."): value for name, value in (span.attributes or {}).items() if name.startswith("clipdit.")
+    }
 
 
 def seconds(span: ReadableSpan) -> float:
@@ -235,7 +238,9 @@ def test_what_cannot_be_had_is_one_line(
 
 def test_without_the_extra_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    with pytest.raises(ValueError, match=r"^OTEL_EXPORTER_OTLP_ENDPOINT asks for traces, which need `pip install clipdit\[otel\]`"):
+    with pytest.raises(
+        ValueError, match=r"^OTEL_EXPORTER_OTLP_ENDPOINT asks for traces, which need `pip install clipdit\[otel\]`"
+    ):
         tracing.open_provider(ASKED)
 
 
@@ -247,7 +252,9 @@ class Collector:
         self.received: list[ExportTraceServiceRequest] = []
 
     def spans(self) -> list:
-        return [span for request in self.received for of in request.resource_spans for in_ in of.scope_spans for span in in_.spans]
+        return [
+            span for request in self.received for of in request.resource_spans for in_ in of.scope_spans for span in in_.spans
+        ]
 
 
 @contextmanager
@@ -273,15 +280,26 @@ def collecting() -> Iterator[Collector]:
 
 def test_a_collector_gets_the_spans_of_the_real_process_and_its_log_says_the_same_trace():
     with collecting() as collector:
-        settings = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_EXPORTER_OTLP_COMPRESSION": "gzip", "CLIPDIT_API_KEY": KEY}
+        settings = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+            "OTEL_EXPORTER_OTLP_COMPRESSION": "gzip",
+            "CLIPDIT_API_KEY": KEY,
+        }
         service = Running("--linger-s", "0", environment=settings)
         headers = PNG | CONTINUED | {"authorization": f"Bearer {KEY}"}
         answer = httpx2.post(f"{service.url}/v1/translate?seed=1", content=IMAGE, headers=headers)
         assert answer.status_code == 200
+        with socket.create_connection(service.address, timeout=20) as connection:  # two at once: neither is a part of the other
+            connection.sendall(f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode() * 2)
+            models = b""
+            while models.count(b'"owned_by"') < 2:
+                models += connection.recv(65536)
         service.process.terminate()  # what is not sent yet is sent now
         assert service.process.wait(20) == 0
         (line,) = [line for line in service.stop() if line.get("route") == "/v1/translate"]
-        spans = {span.name: span for span in collector.spans()}
+        spans = {span.name: span for span in collector.spans() if span.name != "GET /v1/models"}
+        others = [span for span in collector.spans() if span.name == "GET /v1/models"]
+    assert [span.parent_span_id for span in others] == [b"", b""] and others[0].trace_id != others[1].trace_id
     assert set(spans) == {"POST /v1/translate", "decode", "queue", "model", "encode"}
     root = spans["POST /v1/translate"]
     assert (root.trace_id.hex(), root.parent_span_id.hex()) == (TRACE, PARENT)
@@ -323,6 +341,8 @@ def test_what_traces_cost_a_request():
         for service in services:
             service.stop()
     without, with_traces = (statistics.median(times[100:]) for times in times_ms)
-    print(f"\nmedian of a request: {without:.2f} ms without traces, {with_traces:.2f} ms with; {len(collector.spans())} spans sent")
+    print(
+        f"\nmedian of a request: {without:.2f} ms without traces, {with_traces:.2f} ms with; {len(collector.spans())} spans sent"
+    )
     assert len(collector.spans()) > 0
     assert with_traces < 1.5 * without + 1

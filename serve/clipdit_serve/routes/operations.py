@@ -3,12 +3,14 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from clipdit_serve.guards import METRICS
 from clipdit_serve.metrics import Metrics
 from clipdit_serve.routes.documentation import OF_EVERY_ROUTE, error_responses
 from clipdit_serve.service import Service
 
 
-def router(service: Service, metrics: Metrics) -> APIRouter:
+def router(service: Service, metrics: Metrics, *, described: bool = True) -> APIRouter:
+    """described: whether /metrics is in the OpenAPI document."""
     routes = APIRouter(tags=["operations"])
 
     @routes.get("/livez", summary="Does the process answer, and can it ever be ready again?", responses={503: {}})
@@ -37,7 +39,13 @@ def router(service: Service, metrics: Metrics) -> APIRouter:
     for path in ("/readyz", "/health", "/healthz"):
         routes.get(path, summary="Is the next request answered?", responses={503: {}}, operation_id=path[1:])(readyz)
 
-    @routes.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=error_responses(*OF_EVERY_ROUTE))
+    @routes.get(
+        METRICS,
+        summary="Prometheus metrics",
+        response_class=Response,
+        responses=error_responses(*OF_EVERY_ROUTE),
+        include_in_schema=described,
+    )
     async def read_metrics() -> Response:
         if service.engine.model is not None:
             metrics.model(service.engine.model)
