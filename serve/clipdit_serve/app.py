@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from clipdit_serve import errors
 from clipdit_serve.decoding import Decoder
 from clipdit_serve.engine import Engine
-from clipdit_serve.guards import HEALTH, METRICS, Authorisation, Ports, Record
+from clipdit_serve.guards import HEALTH, METRICS, Authorisation, OneLength, Ports, Record
 from clipdit_serve.jobs import Jobs
 from clipdit_serve.metrics import Metrics
 from clipdit_serve.routes import jobs, openai, operations, page, translate
@@ -85,6 +85,7 @@ def create_app(
         app.add_middleware(Ports, metrics_port=metrics_port)
     if settings.api_key is not None:
         app.add_middleware(Authorisation, key=settings.api_key, metrics_port=metrics_port)
+    app.add_middleware(OneLength)
     app.add_middleware(Record, metrics=metrics, traces=traces)  # the last one added is the outermost
     return app
 

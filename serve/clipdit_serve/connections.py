@@ -1,7 +1,7 @@
 """HTTP connections as uvicorn has them, with bounds on the head of a request: 64 KiB and ten seconds.
 
-uvicorn's parser in C (httptools), which it would choose by itself wherever some other package brought it, takes heads of any size;
-the one in Python (h11) does not. Neither minds how long a head takes.
+uvicorn's parser in C (httptools), which it would choose by itself where another package brought it, takes heads of any size; the
+one in Python (h11) does not. Neither minds how long a head takes.
 """
 
 import asyncio

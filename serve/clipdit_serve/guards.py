@@ -52,6 +52,22 @@ class Authorisation:
         return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("utf-8", "replace"), self._key)
 
 
+class OneLength:
+    """Refuses a body that says its length in two ways, and ends the connection: a proxy in front may believe the other one, and
+    what it takes for a body be a request to us (RFC 9112, 6.1)."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+            answer = ApiError("malformed_body", "both Content-Length and Transfer-Encoding; send one of them").response()
+            answer.headers["connection"] = "close"
+            await answer(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
 class Ports:
     """Metrics on a port of their own, and there nothing else but health. The port is the one of the connection, not one that the
     caller names."""

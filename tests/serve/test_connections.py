@@ -75,7 +75,9 @@ async def test_who_does_not_end_a_head_is_put_out_however_often_he_sends(sent: b
     assert wire.answer == b""
 
 
-async def test_neither_a_whole_head_nor_a_pause_between_requests_is_late_but_the_next_head_may_be(monkeypatch: pytest.MonkeyPatch):
+async def test_neither_a_whole_head_nor_a_pause_between_requests_is_late_but_the_next_head_may_be(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setattr(connections, "HEAD_S", 0.1)
     made, wire = await connected()
     for count in (1, 2):
