@@ -8,13 +8,16 @@ WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # where kernels/ would be found as a package.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONSAFEPATH=1
 
-.PHONY: help demo test test-slow mutants lint format freeze picture clean
+.PHONY: help demo test test-slow test-triton fuzz audit mutants lint format freeze picture clean
 
 help:
 	@echo "make demo       translate the sample drawings with the built-in checkpoint; writes demo/report.html"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that take minutes: training that is killed, two processes, real quality"
 	@echo "make mutants    bugs put into the kernels one by one: the tests must find each"
+	@echo "make fuzz       five minutes of damaged uploads for the decoder; SECONDS=60 is shorter, and finds are kept in fuzz/"
+	@echo "make test-triton  a bundle in a real Triton Inference Server, which is downloaded into triton/ (55 MB)"
+	@echo "make audit      known holes in the dependencies, and risky lines in the code; its tools get an environment of their own"
 	@echo "make lint       style, types and import rules (\`make test\` checks them too)"
 	@echo "make format     put the style right"
 	@echo "make picture    make the README's pictures anew, from a demo and with Chromium"
@@ -32,6 +35,16 @@ test-slow: .venv/installed
 
 mutants: .venv/installed
 	$(TEST_ENV) $(BIN)/pytest -n $(WORKERS) -m slow tests/kernels/test_mutants.py
+
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/serve/fuzz_decoding.py fuzz --seconds $(or $(SECONDS),300)
+
+# The server comes inside a wheel that wants NumPy 1: into a folder of its own, which no Python looks into.
+test-triton: .venv/installed triton/pytriton
+	$(TEST_ENV) CLIPDIT_TRITON_SERVER=triton $(BIN)/pytest tests/export/test_triton_server.py
+
+triton/pytriton:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target triton nvidia-pytriton==0.7.0
 
 lint: .venv/installed
 	$(BIN)/ruff check .

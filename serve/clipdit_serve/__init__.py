@@ -17,6 +17,8 @@ batching.py   the engine of one process: a queue, and a thread that owns the mod
 reloading.py  a model that is replaced while it serves
 pace.py       how long batches take: Retry-After, refusals of what would come too late, and whether a batch hangs
 metrics.py    Prometheus metrics
+tracing.py    OpenTelemetry traces
 logs.py       JSON lines
+connections.py  bounds on the heads of requests
 server.py     uvicorn, from the first request to the last one after SIGTERM
 """

@@ -14,10 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clipdit_serve.errors import ApiError
 from clipdit_serve.metrics import Metrics
+from clipdit_serve.tracing import Traces
 
 logger = logging.getLogger(__name__)
 
 HEALTH = frozenset(("/livez", "/readyz", "/health", "/healthz"))
+METRICS = "/metrics"
+
 OPEN = HEALTH | {"/"}
 """Paths that are answered without a key; whatever is not listed here needs it, routes to come and wrong paths included."""
 
@@ -26,28 +29,67 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class Authorisation:
-    """Refuses requests without the key, before anything of them but the head is read."""
+    """Refuses requests without the key, before anything of them but the head is read.
 
-    def __init__(self, app: ASGIApp, key: str):
-        self._app, self._key = app, key.encode()
+    Args:
+        metrics_port: where nobody is asked for it; `Ports` sees to it that nothing else is there.
+    """
+
+    def __init__(self, app: ASGIApp, key: str, metrics_port: int | None = None):
+        self._app, self._key, self._metrics_port = app, key.encode(), metrics_port
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "lifespan" and scope["path"] not in OPEN and not self._knows(scope):
+        if scope["type"] != "lifespan" and scope["path"] not in OPEN and not self._may(scope):
             error = ApiError("invalid_api_key", "no API key, or another one; send the header `Authorization: Bearer KEY`")
             await error.response()(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
-    def _knows(self, scope: Scope) -> bool:
+    def _may(self, scope: Scope) -> bool:
+        if self._metrics_port is not None and _port(scope) == self._metrics_port:
+            return True
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("utf-8", "replace"), self._key)
+
+
+class OneLength:
+    """Refuses a body that says its length in two ways, and ends the connection: a proxy in front may believe the other one, and
+    what it takes for a body be a request to us (RFC 9112, 6.1)."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+            answer = ApiError("malformed_body", "both Content-Length and Transfer-Encoding; send one of them").response()
+            answer.headers["connection"] = "close"
+            await answer(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+class Ports:
+    """Metrics on a port of their own, and there nothing else but health. The port is the one of the connection, not one that the
+    caller names."""
+
+    def __init__(self, app: ASGIApp, metrics_port: int):
+        self._app, self._metrics_port = app, metrics_port
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            path, apart = scope["path"], _port(scope) == self._metrics_port
+            if (path == METRICS) != apart and not (apart and path in HEALTH):
+                said = f"there are {METRICS} and health here" if apart else "metrics are at a port of their own, --metrics-port"
+                await ApiError("not_found", said).response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class Record:
     """Gives each request an id, and writes down what became of it."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics):
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, traces: Traces):
+        self._app, self._metrics, self._traces = app, metrics, traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,6 +108,7 @@ class Record:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = id
                 code = headers.get("x-clipdit-error")
+                self._traces.request(scope, id=id, route=_route(scope), code=code)
             await send(message)
 
         try:
@@ -78,8 +121,18 @@ class Record:
             await internal.response()(scope, receive, send_with_id)
         finally:
             seconds = time.perf_counter() - began
-            route = getattr(scope.get("route"), "path", "other")  # never what the caller sent: each would be a metric of its own
+            route = _route(scope)
             self._metrics.request(route, status, code, seconds)
             if scope["path"] not in HEALTH or status >= 500:
                 fields = {"request_id": id, "route": route, "status": status, "error": code, "ms": round(1000 * seconds, 3)}
                 logger.info("%s %s %s", scope["method"], route, f"{status} {code}" if code else status, extra=fields)
+
+
+def _route(scope: Scope) -> str:
+    """Never what the caller sent: each would be a metric of its own."""
+    return getattr(scope.get("route"), "path", "other")
+
+
+def _port(scope: Scope) -> int | None:
+    """At which it came in."""
+    return scope["server"][1] if scope.get("server") else None

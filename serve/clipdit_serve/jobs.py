@@ -25,6 +25,7 @@ from clipdit_serve.engine import Ticket
 from clipdit_serve.errors import ApiError
 from clipdit_serve.pace import whole_seconds
 from clipdit_serve.service import Ask, Prepared, Service, Translated
+from clipdit_serve.tracing import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -172,9 +173,11 @@ class Jobs:
                 return twin
             job = Job(ask, seed=prepared.task.seed, size_bytes=prepared.task.image.nbytes)
             self._make_room(job.size_bytes)
-            ticket = engine.submit(prepared.task, partial(_call_in, asyncio.get_running_loop(), job.start))
+            watch = self._service.traces.watch()
+            started = watch.on_start(partial(_call_in, asyncio.get_running_loop(), job.start))
+            ticket = engine.submit(prepared.task, started)
             job.queue(ticket)
-            task = asyncio.create_task(self._answer(ticket, prepared))
+            task = asyncio.create_task(self._answer(ticket, prepared, watch))
             # not within the task: one that is cancelled before its first step never runs at all
             admission = stack.pop_all()
         self._jobs[job.id], self._tasks[job.id] = job, task
@@ -189,10 +192,12 @@ class Jobs:
         task.add_done_callback(end)
         return job
 
-    async def _answer(self, ticket: Ticket, prepared: Prepared) -> Translated:
+    async def _answer(self, ticket: Ticket, prepared: Prepared, watch: Watch) -> Translated:
         try:
             async with self._service.deadline():
-                answer = await ticket.answer()
+                with watch:
+                    answer = await ticket.answer()
+                    watch.answered(answer, self._service.engines[prepared.variant].model, prepared.variant)
                 # a copy: an image of a batch keeps all the others of it in memory
                 return Translated.of(prepared, replace(answer, image=answer.image.clone()))
         except TimeoutError:

@@ -18,3 +18,21 @@ def log_as_json() -> None:
     """Every handler of this process writes JSON from now on."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(json_formatter())
+
+
+class TraceIds(logging.Filter):
+    """Lines that belong to a request say to which trace, in hexadecimal, as the collector shows it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        from opentelemetry import trace
+
+        context = trace.get_current_span().get_span_context()
+        if context.is_valid:
+            record.trace_id, record.span_id = trace.format_trace_id(context.trace_id), trace.format_span_id(context.span_id)
+        return True
+
+
+def log_trace_ids() -> None:
+    """Every handler of this process, from now on."""
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(TraceIds())

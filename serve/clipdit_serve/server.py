@@ -21,6 +21,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from clipdit_serve.connections import HEAD_BYTES, Connection
 from clipdit_serve.decoding import Decoder
 from clipdit_serve.engine import Engine
 from clipdit_serve.jobs import Jobs
@@ -36,6 +37,7 @@ class Server(uvicorn.Server):
     Args:
         engine: the application's, or all of them; drained at a signal.
         decoder: the application's.
+        metrics_socket: bound; the application's /metrics is answered there.
         linger_s: from SIGTERM to the port's end, at least, seconds.
         drain_s: likewise at most; who has no answer by then gets none.
         on_ready: called once, with the address, when the first request would be answered.
@@ -52,6 +54,7 @@ class Server(uvicorn.Server):
         linger_s: float,
         drain_s: float,
         on_ready: Callable[[str], None],
+        metrics_socket: socket.socket | None = None,
     ):
         super().__init__(
             uvicorn.Config(
@@ -61,6 +64,9 @@ class Server(uvicorn.Server):
                 access_log=False,  # guards.Record writes one
                 log_config=None,
                 server_header=False,
+                http=Connection,
+                h11_max_incomplete_event_size=HEAD_BYTES,
+                reset_contextvars=True,  # or a request that was sent behind another counts as a part of it in traces
                 proxy_headers=False,  # would believe anybody who says he is a proxy
                 ws="none",
                 lifespan="on",
@@ -72,6 +78,7 @@ class Server(uvicorn.Server):
         self._reloads: Reloads = app.state.reloads
         self._had_terminal = _has_terminal()
         self._linger_s, self._drain_s = linger_s, drain_s
+        self._metrics_socket = metrics_socket
         self._announced = False
         self.signal: int | None = None
         """The one that ended it."""
@@ -86,6 +93,8 @@ class Server(uvicorn.Server):
         self._engines.drain()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._metrics_socket is not None and sockets is None:
+            sockets = [self.config.bind_socket(), self._metrics_socket]
         await super().startup(sockets)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
 
@@ -112,8 +121,7 @@ class Server(uvicorn.Server):
     @property
     def address(self) -> str:
         """http://HOST:PORT, with the port that was taken where 0 was asked for."""
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return f"http://{join_host(*self.servers[0].sockets[0].getsockname()[:2])}"
 
 
 def _has_terminal() -> bool:
@@ -123,3 +131,18 @@ def _has_terminal() -> bool:
     except OSError:
         return False
     return True
+
+
+def bind(host: str, port: int, *, but: int) -> socket.socket:
+    """A socket for the metrics. ValueError where it cannot be had; `but` is the port of the service."""
+    if port == but != 0:
+        raise ValueError(f"--metrics-port is {port}, and so is --port; choose another one, or leave it out")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ValueError(f"cannot listen at {join_host(host, port)}: {error}. Choose another --metrics-port") from error
+
+
+def join_host(host: str, port: int) -> str:
+    """As addresses have them."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

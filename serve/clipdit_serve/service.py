@@ -15,6 +15,7 @@ from clipdit_serve.engine import Answer, Engine, Task
 from clipdit_serve.errors import ApiError
 from clipdit_serve.fields import Format
 from clipdit_serve.settings import ServeSettings
+from clipdit_serve.tracing import Traces
 from clipdit_serve.uploads import Reader
 from clipdit_serve.variants import Variants
 
@@ -107,8 +108,9 @@ class Picture:
 class Service:
     """What the routes share."""
 
-    def __init__(self, engines: Engine | Variants, decoder: Decoder, settings: ServeSettings):
+    def __init__(self, engines: Engine | Variants, decoder: Decoder, settings: ServeSettings, traces: Traces | None = None):
         self.engines, self.decoder, self.settings = Variants.of(engines), decoder, settings
+        self.traces = traces or Traces()
         self.reader = Reader(
             max_bytes=settings.max_body_bytes, max_together=settings.max_bodies_bytes, timeout_s=settings.body_timeout_s
         )
@@ -159,8 +161,14 @@ class Service:
         engine = self.engines[ask.variant]
         with engine.admit():
             prepared = await self.prepare(image, ask)
-            answer = await engine.translate(prepared.task)
+            answer = await self._answer(engine, prepared)
             return await self.encode(Translated.of(prepared, answer), ask.format, ask.quality)
+
+    async def _answer(self, engine: Engine, prepared: Prepared) -> Answer:
+        with self.traces.watch() as watch:
+            answer = await engine.submit(prepared.task, watch.on_start()).answer()
+            watch.answered(answer, engine.model, prepared.variant)
+        return answer
 
     async def attended(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
         """What `work` returns. ApiError, and the end of `work`, when that takes too long or the caller leaves."""
@@ -182,7 +190,9 @@ class Service:
         began = time.perf_counter()
         model = self.engines[ask.variant].model
         assert model is not None, "whoever is admitted meets a model"
-        upload = await self.decoder.decode(image, model.limits, self.settings.size, self.settings.fit)
+        with self.traces.span("decode", upload_bytes=len(image)) as told:
+            upload = await self.decoder.decode(image, model.limits, self.settings.size, self.settings.fit)
+            told["notes"] = len(upload.notes)
         seed = secrets.randbelow(SEEDS) if ask.seed is None else ask.seed
         return Prepared(
             task=Task(image=upload.image, seed=seed, steps=ask.steps, guidance=ask.guidance),
@@ -202,7 +212,9 @@ class Service:
             return data, restored.shape[2], restored.shape[1]
 
         try:
-            data, width, height = await asyncio.to_thread(encode)
+            with self.traces.span("encode", format=format) as told:
+                data, width, height = await asyncio.to_thread(encode)
+                told |= {"width": width, "height": height, "answer_bytes": len(data)}
         except OSError as error:  # the longest side that a format can have, mostly
             raise ApiError("not_acceptable", f"the result cannot be encoded as {format}: {error}; ask for png") from error
         return Picture(

@@ -1,15 +1,16 @@
 """A real Triton Inference Server takes the repository as it is written, and answers over HTTP as the translator does. On the CPU.
 
-Needs the server's program, which the wheel of nvidia-pytriton holds; a folder is prepared once, anywhere, with
+Needs the server's program, which the wheel of nvidia-pytriton holds. `make test-triton` fetches it, once, and runs this; by hand:
 
-    pip download --no-deps --dest /tmp/pytriton nvidia-pytriton==0.7.0
-    unzip -d /tmp/pytriton/unzipped /tmp/pytriton/nvidia_pytriton-*.whl
+    pip install --no-deps --target /tmp/pytriton nvidia-pytriton==0.7.0
+    CLIPDIT_TRITON_SERVER=/tmp/pytriton pytest tests/export/test_triton_server.py
 
-and named: CLIPDIT_TRITON_SERVER=/tmp/pytriton/unzipped pytest tests/export/test_triton_server.py. Nothing is written into it.
+Nothing is written into that folder.
 """
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -36,7 +37,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         "CLIPDIT_TRITON_SERVER" not in os.environ,
-        reason="needs CLIPDIT_TRITON_SERVER, a folder with the unzipped wheel of nvidia-pytriton; see this file's docstring",
+        reason="needs CLIPDIT_TRITON_SERVER, a folder with the wheel of nvidia-pytriton in it; `make test-triton` makes one",
     ),
 ]
 
@@ -48,13 +49,16 @@ GATHER_MS = 1500  # how long "emoji" and "narrow" wait for company: longer than 
 @dataclass(frozen=True)
 class Server:
     port: int
+    metrics_port: int
     repository: Path
     at_start: dict[str, dict] = field(default_factory=dict)
     """The statistics of each model when the server had become ready."""
 
-    def ask(self, path: str, body: bytes | None = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    def ask(
+        self, path: str, body: bytes | None = None, *, port: int | None = None, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
         """(status, headers with small names, body) of a GET, or of a POST when there is a body."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_S)
+        connection = HTTPConnection("127.0.0.1", port or self.port, timeout=ANSWER_S)
         try:
             connection.request(
                 "GET" if body is None else "POST", path, body, {k.replace("_", "-"): v for k, v in headers.items()}
@@ -69,6 +73,16 @@ class Server:
             return self.ask("/v2/health/ready")[0] == 200
         except OSError:
             return False
+
+    def metrics(self, model: str) -> dict[str, float]:
+        """Of a model, for Prometheus: `name` or `name{reason}` -> value."""
+        text = self.ask("/metrics", port=self.metrics_port)[2].decode()
+        found = {}
+        for name, labels, value in re.findall(r"^(\w+)\{([^}]*)\} (\S+)$", text, re.MULTILINE):
+            told = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+            if told.get("model") == model:
+                found[name + (f"{{{told['reason']}}}" if "reason" in told else "")] = float(value)
+        return found
 
     def statistics(self, model: str) -> dict:
         return json.loads(self.ask(f"/v2/models/{model}/stats")[2])["model_stats"][0]
@@ -128,16 +142,18 @@ def server(repository: Path) -> Iterator[Server]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
     }
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["--allow-grpc=false", "--allow-metrics=false", "--http-address=127.0.0.1", f"--http-port={port}"]
+    with socket.socket() as one, socket.socket() as other:
+        for free in (one, other):
+            free.bind(("127.0.0.1", 0))
+        port, metrics_port = one.getsockname()[1], other.getsockname()[1]
+    words = ["--allow-grpc=false", "--http-address=127.0.0.1", f"--http-port={port}"]
+    words += ["--metrics-address=127.0.0.1", f"--metrics-port={metrics_port}", "--metrics-interval-ms=100"]
     words += [f"--model-repository={repository}", f"--backend-directory={backends}"]
     log = repository.with_name("log")
     with log.open("wb") as out:
         process = subprocess.Popen([program / "bin" / "tritonserver", *words], env=environment, stdout=out, stderr=out)
     try:
-        made = Server(port, repository)
+        made = Server(port, metrics_port, repository)
         until = time.monotonic() + START_S
         while not made.is_ready():
             ended = process.poll() is not None
@@ -193,6 +209,16 @@ def test_an_image_and_a_seed_give_the_translators_image(server: Server, translat
     assert not same(wanted.numpy(), translator(source, seeds=[8]))  # so that the seed matters
     assert same(server.infer("emoji", source, [2**62 + 7]), wanted)
     assert same(server.infer("emoji", images(3, seed=1), [1, 2, 3]), translator(images(3, seed=1), seeds=[1, 2, 3]))
+
+
+def test_alive_and_ready_are_told_and_metrics_count_what_was_asked(server: Server):
+    assert [server.ask(f"/v2/health/{what}")[0] for what in ("live", "ready")] == [200, 200]
+    before = server.metrics("emoji")
+    assert isinstance(server.infer("emoji", images(2, seed=2), [1, 2]), np.ndarray)
+    after = server.metrics("emoji")
+    assert after["nv_inference_request_success"] == before["nv_inference_request_success"] + 1
+    assert after["nv_inference_count"] == before["nv_inference_count"] + 2
+    assert after["nv_inference_pending_request_count"] == 0
 
 
 def test_json_without_the_binary_extension_does_too(server: Server, translator: Translator):
@@ -256,8 +282,10 @@ def test_a_seed_that_cannot_be_spoils_no_other_request_of_its_batch(server: Serv
 
 def test_a_full_queue_refuses_at_once_and_serves_those_who_wait(server: Server, translator: Translator):
     sources, seeds = list(images(6, seed=8)), list(range(6))
+    before = server.metrics("narrow")["nv_inference_request_failure{REJECTED}"]
     answers = server.infer_together("narrow", sources, seeds)
     refused = [answer for answer in answers if isinstance(answer, tuple)]
+    assert server.metrics("narrow")["nv_inference_request_failure{REJECTED}"] == before + 4
     assert len(refused) == 4 and all(status == 503 and "Exceeds maximum queue size" in error for status, error in refused)
     for source, seed, answer in zip(sources, seeds, answers, strict=True):
         assert isinstance(answer, tuple) or same(answer, translator(source[None], seeds=[seed]))

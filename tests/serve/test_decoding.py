@@ -1,8 +1,11 @@
 """Decoding processes: what kills them costs one upload."""
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -97,3 +100,22 @@ async def test_no_process_knows_the_key_and_none_is_left_behind():
     assert not pool.ready
     await asyncio.sleep(0.2)
     assert [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()] == []
+
+
+@pytest.mark.slow
+def test_a_minute_of_fuzzing_finds_no_upload_that_is_neither_taken_nor_refused(tmp_path: Path):
+    """An exception other than ImageError, more than 5 s, or 512 MB more than at the start would be such a find."""
+    pytest.importorskip("atheris")
+    program = Path(__file__).with_name("fuzz_decoding.py")
+    done = subprocess.run(
+        [sys.executable, program, tmp_path, "--seconds", "60"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    told = json.loads(done.stdout.splitlines()[-1])
+    print(f"\n{told}")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert told["found"] == [] and told["seeds"] > 120
+    assert told["executions"] > 5000 and told["covered"] >= told["covered_by_seeds"] > 500  # it did look
+    assert told["slowest_s"] <= 5 and told["peak_mb"] - told["start_mb"] <= 512

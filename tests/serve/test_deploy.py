@@ -22,6 +22,7 @@ from clipdit_serve.decoding import DecodePool
 from clipdit_serve.guards import HEALTH
 from clipdit_serve.server import Server
 from clipdit_serve.settings import ServeSettings, check_bind
+from clipdit_serve.tracing import FLUSH_S
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "serve" / "deploy"
@@ -91,9 +92,16 @@ def test_the_manifest_holds_a_deployment_and_the_service_that_finds_its_pods():
     labels = found["Deployment"]["spec"]["template"]["metadata"]["labels"]
     assert found["Deployment"]["spec"]["selector"]["matchLabels"] == labels
     assert found["Service"]["spec"]["selector"] == labels
-    (port,) = container()["ports"]
-    assert port == {"name": "http", "containerPort": options()["port"]}
-    assert found["Service"]["spec"]["ports"][0]["targetPort"] == "http"
+    assert container()["ports"] == [
+        {"name": "http", "containerPort": options()["port"]}, {"name": "metrics", "containerPort": options()["metrics_port"]}
+    ]  # fmt: skip
+    assert [port["targetPort"] for port in found["Service"]["spec"]["ports"]] == ["http"]
+
+
+def test_prometheus_finds_the_metrics_at_their_port():
+    annotations = documents()["Deployment"]["spec"]["template"]["metadata"]["annotations"]
+    assert annotations == {"prometheus.io/scrape": "true", "prometheus.io/port": str(options()["metrics_port"])}
+    assert options()["metrics_host"] == "0.0.0.0"
 
 
 def test_probes_ask_routes_that_are_there_and_need_no_key():
@@ -108,7 +116,7 @@ def test_probes_ask_routes_that_are_there_and_need_no_key():
 
 
 def test_nobody_is_killed_who_would_still_have_been_answered():
-    """Draining, then what uvicorn takes to send the last answers."""
+    """Draining, then what uvicorn takes to send the last answers, and the last traces."""
     chosen = options()
     app, settings = FastAPI(), ServeSettings()
     app.state.jobs = None  # switched off
@@ -118,7 +126,7 @@ def test_nobody_is_killed_who_would_still_have_been_answered():
     )  # fmt: skip
     closing_s = server.config.timeout_graceful_shutdown
     assert closing_s is not None
-    needed_s = float(str(chosen["drain_s"])) + closing_s
+    needed_s = float(str(chosen["drain_s"])) + closing_s + FLUSH_S
     assert pod()["terminationGracePeriodSeconds"] >= needed_s + 5
     (stop_s,) = re.findall(r"--stop-timeout (\d+)", DOCKERFILE)
     assert int(stop_s) >= command.serve.__kwdefaults__["drain_s"] + closing_s + 5

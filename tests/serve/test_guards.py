@@ -6,7 +6,7 @@ import re
 import pytest
 from serving import PNG, Identity, numbered, png, served
 
-from clipdit_serve.guards import OPEN
+from clipdit_serve.guards import HEALTH, OPEN
 from clipdit_serve.settings import ServeSettings
 
 pytestmark = pytest.mark.anyio
@@ -45,6 +45,27 @@ async def test_every_route_but_health_and_the_page_needs_the_key(decoder):
                     assert method == "HEAD" or answer.json()["error"]["code"] == "invalid_api_key"
             answer = await client.request(method, path, headers={"authorization": f"bearer {KEY}"})
             assert answer.status_code != 401, (method, path)
+
+
+METRICS_PORT = 9100
+
+
+async def test_metrics_on_a_port_of_their_own_need_no_key_and_nothing_else_is_there(decoder):
+    """The port is that of the connection: naming it in the header Host opens nothing."""
+    settings, mine = ServeSettings(api_key=KEY), {"authorization": f"Bearer {KEY}"}
+    async with served(Identity(), settings, decoder, metrics_port=METRICS_PORT) as (client, _):
+        document = (await client.get("/openapi.json", headers=mine)).json()
+        assert "/metrics" not in document["paths"]
+        apart = f"http://test:{METRICS_PORT}"
+        answer = await client.get(f"{apart}/metrics")
+        assert answer.status_code == 200 and "clipdit_model_info{" in answer.text
+        for method, path in [(method.upper(), path) for path, methods in document["paths"].items() for method in methods]:
+            for headers in ({}, mine):
+                answer = await client.request(method, f"{apart}{path}", headers=headers)
+                assert answer.status_code == (200 if path in HEALTH else 404), (method, path)
+        for headers, wanted in (({}, 401), (mine, 404)):
+            for host in ({}, {"host": f"test:{METRICS_PORT}"}, {"x-forwarded-port": str(METRICS_PORT)}):
+                assert (await client.get("/metrics", headers=headers | host)).status_code == wanted
 
 
 async def test_without_a_key_set_nobody_is_asked_for_one(decoder):

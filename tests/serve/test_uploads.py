@@ -146,6 +146,32 @@ async def test_a_form_that_cannot_be_read_is_a_400_that_says_why(body: bytes, co
     assert (sent.status, sent.code) == (400, code), sent.body
 
 
+@pytest.mark.parametrize("part", [PART + b"x\r\n", b'--b\r\nContent-Disposition: form-data; name="seed"\r\n\r\n1\r\n'])
+async def test_of_10000_parts_no_more_is_read_than_shows_that_there_are_too_many(part: bytes, decoder):
+    parts = part * 10_000 + b"--b--\r\n"
+    async with served(Identity(), ServeSettings(), decoder) as (client, _):
+
+        async def chunks() -> AsyncIterator[bytes]:
+            for start in range(0, len(parts), CHUNK):
+                yield parts[start : start + CHUNK]
+
+        for path in ("/v1/translate", "/v1/images/edits", "/v1/jobs"):
+            sent = await send(client._transport.app, path, {"content-type": BOUNDARY}, chunks())  # type: ignore[attr-defined]
+            assert (sent.status, sent.code) == (400, "malformed_body")
+            assert sent.taken <= 64 * 2**10 < len(parts)
+
+
+async def test_a_header_of_a_part_that_never_ends_is_refused_before_64_kib(app):
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"--b\r\nX: "
+        async for chunk in repeated(b"a" * CHUNK, 1000):
+            yield chunk
+
+    sent = await send(app, "/v1/translate", {"content-type": BOUNDARY}, chunks())
+    assert (sent.status, sent.code) in ((400, "malformed_body"), (413, "body_too_large"))
+    assert sent.taken <= LIMIT + CHUNK
+
+
 @pytest.mark.parametrize("type", ["", "text/plain", "application/json", "application/x-www-form-urlencoded", "imagepng"])
 async def test_another_content_type_is_415_and_nothing_is_read(type: str, app):
     sent = await send(app, "/v1/translate", {"content-type": type}, repeated(bytes(CHUNK), 5))

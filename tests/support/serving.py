@@ -104,11 +104,11 @@ async def served_variants(
 
 @contextlib.asynccontextmanager
 async def served(
-    model: Model | Callable[[], Model], settings: ServeSettings, decoder, *, wait: bool = True
+    model: Model | Callable[[], Model], settings: ServeSettings, decoder, *, wait: bool = True, **more
 ) -> AsyncIterator[tuple[httpx2.AsyncClient, InProcessEngine]]:
-    """A client of an application, without a network between them. wait: until it is ready."""
+    """A client of an application, without a network between them. wait: until it is ready. more: for `create_app`."""
     engine = InProcessEngine(model if not isinstance(model, Translator) else lambda: model, settings)
-    async with _client_of(engine, settings, decoder) as client:
+    async with _client_of(engine, settings, decoder, **more) as client:
         if wait:
             await until(lambda: engine.health().state == "ready")
         yield client, engine
@@ -116,9 +116,9 @@ async def served(
 
 @contextlib.asynccontextmanager
 async def _client_of(
-    engine: InProcessEngine | Variants, settings: ServeSettings, decoder
+    engine: InProcessEngine | Variants, settings: ServeSettings, decoder, **more
 ) -> AsyncIterator[httpx2.AsyncClient]:
-    app = create_app(engine, decoder, settings)
+    app = create_app(engine, decoder, settings, **more)
     limits = httpx2.Limits(max_connections=None)
     async with (
         app.router.lifespan_context(app),

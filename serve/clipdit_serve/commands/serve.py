@@ -23,6 +23,8 @@ def serve(
     device: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
+    metrics_port: int | None = None,
+    metrics_host: str = "127.0.0.1",
     insecure: bool = False,
     model_name: str | None = None,
     max_batch: int = 8,
@@ -52,6 +54,8 @@ def serve(
         device: cpu, cuda, cuda:1 ...; the best one here if not given.
         host: address to listen at. Another than this machine's own needs CLIPDIT_API_KEY, or --insecure.
         port: likewise; 0 takes a free one.
+        metrics_port: answer /metrics there, without the key, and no longer at --port; 0 takes a free one.
+        metrics_host: address of that port. Whoever can reach it can read the metrics.
         insecure: let others in without a key.
         model_name: what callers name the model; the folder's name if not given.
         max_batch: images in one call of the model.
@@ -78,10 +82,11 @@ def serve(
     from clipdit_serve.app import create_app
     from clipdit_serve.batching import InProcessEngine
     from clipdit_serve.decoding import DecodePool
-    from clipdit_serve.logs import log_as_json
+    from clipdit_serve.logs import log_as_json, log_trace_ids
     from clipdit_serve.opening import opener
-    from clipdit_serve.server import Server
+    from clipdit_serve.server import Server, bind, join_host
     from clipdit_serve.settings import ServeSettings, check_bind
+    from clipdit_serve.tracing import close_provider, open_provider
     from clipdit_serve.variants import Variants
 
     if json:
@@ -107,16 +112,42 @@ def serve(
 
     def say(address: str) -> None:
         line = {"url": address, "model": settings.model_name} if json else f"{settings.model_name} at {address}"
+        if metrics_socket is not None:
+            there = f"http://{join_host(*metrics_socket.getsockname()[:2])}/metrics"
+            line = line | {"metrics": there} if isinstance(line, dict) else f"{line}, its metrics at {there}"
         print(json_module.dumps(line) if json else line, flush=True)
 
+    tracer_provider = open_provider(os.environ)
+    if tracer_provider is not None:
+        log_trace_ids()
     engines = {name: InProcessEngine(opener(model, backend=one, device=device), settings) for name, one in backends.items()}
     variants, decoder = Variants(engines), DecodePool(settings)
-    app = create_app(variants, decoder, settings)
-    server = Server(app, variants, decoder, host=host, port=port, linger_s=linger_s, drain_s=drain_s, on_ready=say)
+    metrics_socket = None if metrics_port is None else bind(metrics_host, metrics_port, but=port)
+    app = create_app(
+        variants,
+        decoder,
+        settings,
+        metrics_port=metrics_socket.getsockname()[1] if metrics_socket is not None else None,
+        tracer_provider=tracer_provider,
+    )
+    server = Server(
+        app,
+        variants,
+        decoder,
+        host=host,
+        port=port,
+        linger_s=linger_s,
+        drain_s=drain_s,
+        on_ready=say,
+        metrics_socket=metrics_socket,
+    )
     try:
         server.run()
     except SystemExit:
         raise ValueError(f"cannot listen at {host}:{port}; the line above says why. Choose another --port") from None
+    finally:
+        if tracer_provider is not None:
+            close_provider(tracer_provider)
     failures = [engine.failure for engine in engines.values() if engine.failure is not None]
     for failure in failures:
         if isinstance(failure, ValueError | OSError):

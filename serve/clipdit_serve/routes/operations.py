@@ -3,13 +3,15 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from clipdit_serve.guards import METRICS
 from clipdit_serve.metrics import Metrics
 from clipdit_serve.reloading import Reloads
 from clipdit_serve.routes.documentation import OF_EVERY_ROUTE, error_responses
 from clipdit_serve.service import Service
 
 
-def router(service: Service, metrics: Metrics, reloads: Reloads) -> APIRouter:
+def router(service: Service, metrics: Metrics, reloads: Reloads, *, described: bool = True) -> APIRouter:
+    """described: whether /metrics is in the OpenAPI document."""
     routes = APIRouter(tags=["operations"])
 
     @routes.get("/livez", summary="Does the process answer, and can it ever be ready again?", responses={503: {}})
@@ -38,7 +40,13 @@ def router(service: Service, metrics: Metrics, reloads: Reloads) -> APIRouter:
     for path in ("/readyz", "/health", "/healthz"):
         routes.get(path, summary="Is the next request answered?", responses={503: {}}, operation_id=path[1:])(readyz)
 
-    @routes.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=error_responses(*OF_EVERY_ROUTE))
+    @routes.get(
+        METRICS,
+        summary="Prometheus metrics",
+        response_class=Response,
+        responses=error_responses(*OF_EVERY_ROUTE),
+        include_in_schema=described,
+    )
     async def read_metrics() -> Response:
         for name, engine in service.engines.items():
             if engine.model is not None:
