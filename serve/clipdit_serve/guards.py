@@ -3,6 +3,7 @@
 Not Starlette's BaseHTTPMiddleware, which hides from a route that its caller left.
 """
 
+import asyncio
 import hmac
 import logging
 import re
@@ -70,6 +71,9 @@ class Record:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # Ray Serve's way of saying that the caller left
+            status, code = (status, code) if answered else (499, "client_closed_request")
+            raise
         except Exception as error:
             logger.error("request %s failed: %s", id, error, exc_info=error, extra={"request_id": id})
             if answered:  # half an answer is sent: the server can only break the connection

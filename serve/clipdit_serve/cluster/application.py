@@ -1,6 +1,7 @@
 """The service as an application of Ray Serve."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ray import serve
 from ray.serve import Application
@@ -19,8 +20,8 @@ NAME = "clipdit"
 LOOKS_EVERY_S, SILENT_S = 1.0, 5.0
 """Ray looks at a replica so often; one that says nothing for so long, three times, is replaced."""
 
-TRIES = 3
-"""Of a replica to start, before Ray gives up the application's first ones."""
+TRIES = 1
+"""Of the first replicas to start, before Ray gives up. Those that replace others are tried for ever."""
 
 
 def application(
@@ -60,12 +61,5 @@ def application(
         ray_actor_options={"num_cpus": 1},
         **common,
     )
-    bound = models.bind(open_model, settings_of_model(settings), most=most, json=json)
-    return ingress.bind(bound, sizes, settings, json=json)
-
-
-def settings_of_model(settings: ServeSettings) -> ServeSettings:
-    """Without the key, of which it has no use."""
-    from dataclasses import replace
-
-    return replace(settings, api_key=None)
+    without_key = replace(settings, api_key=None)  # of which a model has no use
+    return ingress.bind(models.bind(open_model, without_key, most=most, json=json), sizes, settings, json=json)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
@@ -111,7 +112,7 @@ class RayEngine:
 
     def __init__(self, models: DeploymentHandle, sizes: Sizes, settings: ServeSettings):
         self._models, self._sizes, self._settings = models, sizes, settings
-        self._streaming = models.options(stream=True)
+        self._streaming: Any = models.options(stream=True)
         self._seen = Seen(at_s=-float("inf"))
         self._model_info: ModelInfo | None = None
         self._admitted, self._most = 0, sizes.admitted(settings)
@@ -234,7 +235,9 @@ class RayEngine:
     def _full(ahead: int, wait_s: float) -> ApiError:
         seconds = whole_seconds(wait_s)
         return ApiError(
-            "queue_full", f"{ahead} requests are in the queue or a model already; come again in {seconds} s", retry_after_s=seconds
+            "queue_full",
+            f"{ahead} requests are in the queue or a model already; come again in {seconds} s",
+            retry_after_s=seconds,
         )
 
     @staticmethod
@@ -300,4 +303,3 @@ def _as_ours() -> Iterator[None]:
         raise  # a mistake of ours
     except (RayActorError, RayServeException) as error:
         raise Lost(str(error).partition("\n")[0]) from error
-

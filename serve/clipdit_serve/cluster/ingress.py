@@ -1,6 +1,5 @@
 """A replica that answers HTTP: the application of app.py, whose engine asks model replicas."""
 
-import os
 from dataclasses import dataclass
 
 from fastapi import FastAPI
@@ -28,7 +27,8 @@ class Left:
 @serve.ingress()
 class Ingress:
     """Args:
-    key_from: the environment variable that holds the key, where the settings do not.
+    models: the deployment of `ModelReplica`.
+    json: log as JSON lines.
     """
 
     def __init__(self, models: DeploymentHandle, sizes: Sizes, settings: ServeSettings, *, json: bool):

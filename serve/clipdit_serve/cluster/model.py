@@ -1,7 +1,7 @@
 """A replica that holds a model: the engine of one process, asked from others.
 
-`@serve.batch` is not used. Its queue knows no sizes that must not be mixed, no padding, no halves of a batch that failed, no caller
-who left, and no batch that hangs; `InProcessEngine` has all of that, and its tests.
+`@serve.batch` is not used. Its queue knows no sizes that must not be mixed, no padding, no halves of a batch that failed, no
+caller who left, and no batch that hangs; `InProcessEngine` has all of that, and its tests.
 
 A replica whose model hangs or died ends itself. Ray sees that at once, sends its requests back to who sent them, and starts
 another; one that stayed and refused would look idle, and draw the requests of all others. What hangs in a GPU's driver, or holds

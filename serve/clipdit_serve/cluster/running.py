@@ -1,13 +1,12 @@
 """From the first request to the last one after SIGTERM, as server.py does it in one process.
 
-SIGTERM   every ingress says 503 at /readyz and refuses new translations at once, while the port stays open; when everybody who was
-          admitted has his answer, every job's result was fetched and `linger_s` is over, replicas and cluster end.
+SIGTERM   every ingress says 503 at /readyz and refuses new translations at once, while the port stays open; when everybody who
+          was admitted has his answer, every job's result was fetched and `linger_s` is over, replicas and cluster end.
 SIGINT    the same without lingering, and without waiting for results to be fetched; a second one does not wait for anybody.
 """
 
 import logging
 import signal
-import socket
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -19,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from clipdit_serve.cluster.application import NAME
+from clipdit_serve.cluster.ports import address_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Runner:
     """
 
     def __init__(self, *, host: str, port: int, linger_s: float, drain_s: float, on_ready: Callable[[str], None]):
-        self._host, self._port = host, port or free_port(host)
+        self._host, self._port = host, port
         self._linger_s, self._drain_s, self._on_ready = linger_s, drain_s, on_ready
         self.signal: int | None = None
         """The one that ended it."""
@@ -45,7 +45,7 @@ class Runner:
         self._up = False
 
     def run(self, application: Application) -> None:
-        """Returns when it has ended. ValueError for a port that is taken; RuntimeError for replicas that do not start."""
+        """Returns when it has ended. RuntimeError for replicas that do not start."""
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._serve(application)
@@ -65,17 +65,20 @@ class Runner:
         raise Stopped
 
     def _serve(self, application: Application) -> None:
-        check_port(self._host, self._port)
         serve.start(
             proxy_location="EveryNode",
             http_options={"host": self._host, "port": self._port},
             logging_config=LoggingConfig(log_level="ERROR", enable_access_log=False),
         )
-        ingress = serve.run(application, name=NAME, route_prefix="/")
+        try:
+            ingress = serve.run(application, name=NAME, route_prefix="/")
+        except RuntimeError as error:
+            deployments = serve.status().applications[NAME].deployments.values()
+            raise RuntimeError("\n".join([str(error), *(deployment.message for deployment in deployments)])) from error
         while not all(self._all(ingress, "ready") or [False]):
             time.sleep(TICK_S)
         self._up = True
-        self._on_ready(self.address)
+        self._on_ready(address_of(self._host, self._port))
         while self.signal is None:
             time.sleep(TICK_S)
         self._drain(ingress)
@@ -96,32 +99,3 @@ class Runner:
         except (TimeoutError, RayServeException):
             return []
         return [answer for answer in answers if not isinstance(answer, BaseException)]
-
-    @property
-    def address(self) -> str:
-        return f"http://[{self._host}]:{self._port}" if ":" in self._host else f"http://{self._host}:{self._port}"
-
-
-def free_port(host: str) -> int:
-    with _bound(host, 0) as bound:
-        return bound.getsockname()[1]
-
-
-def check_port(host: str, port: int) -> None:
-    """ValueError where nobody can listen: Ray would say it at length."""
-    try:
-        _bound(host, port).close()
-    except OSError as error:
-        raise ValueError(f"cannot listen at {host}:{port}: {error.strerror}. Choose another --port") from None
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError:
-        bound.close()
-        raise
-    return bound

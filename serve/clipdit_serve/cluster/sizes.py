@@ -43,6 +43,6 @@ def check_jobs(sizes: Sizes, settings: ServeSettings) -> None:
     """ValueError where a job would be asked for at an ingress that does not have it."""
     if settings.max_jobs and sizes.ingresses > 1:
         raise ValueError(
-            f"--ingress-replicas {sizes.ingresses} cannot keep jobs: they live in the memory of one ingress, and the next request "
-            "may meet another. Say --max-jobs 0, or use one ingress"
+            f"--ingress-replicas {sizes.ingresses} cannot keep jobs: they live in the memory of one ingress, and the next "
+            "request may meet another. Say --max-jobs 0, or use one ingress"
         )

@@ -1,7 +1,7 @@
 """What travels between an ingress and a model: plain values, so that it can be read wherever it arrives.
 
-Images are NumPy arrays, which Ray hands over without copying; what arrives is read-only. Errors are values, too: an exception that
-Ray carries is wrapped in one of its own, and `ApiError` would not survive that.
+Images are NumPy arrays, which Ray hands over without copying; what arrives is read-only. Errors are values, too: an exception
+that Ray carries is wrapped in one of its own, and `ApiError` would not survive that.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`clipdit serve`: the HTTP service, in one process."""
+"""`clipdit serve`: the HTTP service, in one process, or in many that Ray Serve watches."""
 
 import json as json_module
 import logging
@@ -21,6 +21,10 @@ def serve(
     model: str | None = None,
     backend: str | None = None,
     device: str | None = None,
+    engine: Literal["local", "ray"] = "local",
+    replicas: int | None = None,
+    ingress_replicas: int | None = None,
+    ray_address: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     insecure: bool = False,
@@ -48,6 +52,12 @@ def serve(
         model: checkpoint or bundle; the built-in one if not given.
         backend: how to run it; the best one that can run here if not given.
         device: cpu, cuda, cuda:1 ...; the best one here if not given.
+        engine: local is this process; ray is Ray Serve, with its model in several processes, on several GPUs or machines.
+        replicas: of the model, with --engine ray; one a GPU if not given, or one.
+        ingress_replicas: processes that answer HTTP, with --engine ray; 1 if not given. More than one cannot keep jobs: say
+            --max-jobs 0.
+        ray_address: of a Ray cluster that runs already and serves nothing yet; a closed one on this machine is started if not
+            given.
         host: address to listen at. Another than this machine's own needs CLIPDIT_API_KEY, or --insecure.
         port: likewise; 0 takes a free one.
         insecure: let others in without a key.
@@ -101,21 +111,45 @@ def serve(
     check_bind(host, settings, insecure=insecure)
     _check_model(Path(locate(model or BUILT_IN)), backend)
 
+    on_ray = {"--replicas": replicas, "--ingress-replicas": ingress_replicas, "--ray-address": ray_address}
+    if engine == "local" and (names := [name for name, value in on_ray.items() if value is not None]):
+        raise ValueError(f"{names[0]} is an option of --engine ray; say that too, or leave it out")
+
     def say(address: str) -> None:
         line = {"url": address, "model": settings.model_name} if json else f"{settings.model_name} at {address}"
         print(json_module.dumps(line) if json else line, flush=True)
 
-    engine = InProcessEngine(partial(Translator.open, model, backend=backend, device=device), settings)
+    if engine == "ray":
+        from clipdit_serve.cluster.start import Options, start
+
+        options = Options(
+            device=device,
+            replicas=replicas,
+            ingress_replicas=1 if ingress_replicas is None else ingress_replicas,
+            address=ray_address or os.environ.get("RAY_ADDRESS"),
+            host=host,
+            port=port,
+            linger_s=linger_s,
+            drain_s=drain_s,
+            json=json,
+        )
+        open_model = partial(
+            Translator.open, str(Path(locate(model)).resolve()) if model else None, backend=backend, device=device
+        )
+        ended_by = start(open_model, options, settings, hide=KEY, on_ready=say)
+        return INTERRUPTED if ended_by == signal.SIGINT else DONE
+
+    in_process = InProcessEngine(partial(Translator.open, model, backend=backend, device=device), settings)
     decoder = DecodePool(settings)
-    app = create_app(engine, decoder, settings)
-    server = Server(app, engine, decoder, host=host, port=port, linger_s=linger_s, drain_s=drain_s, on_ready=say)
+    app = create_app(in_process, decoder, settings)
+    server = Server(app, in_process, decoder, host=host, port=port, linger_s=linger_s, drain_s=drain_s, on_ready=say)
     try:
         server.run()
     except SystemExit:
         raise ValueError(f"cannot listen at {host}:{port}; the line above says why. Choose another --port") from None
-    if isinstance(engine.failure, ValueError | OSError):
-        raise engine.failure
-    if engine.failure is not None:
+    if isinstance(in_process.failure, ValueError | OSError):
+        raise in_process.failure
+    if in_process.failure is not None:
         return FAULT
     return INTERRUPTED if server.signal == signal.SIGINT else DONE
 
