@@ -2,8 +2,8 @@
 
     python obedient.py FOLDER serve --engine ray --backend fake ...
 
-FOLDER/delay holds seconds that each batch takes longer; while FOLDER/hold is there, batches wait. FOLDER/batches-PID has a line for
-each batch of a process: its number of images.
+FOLDER/delay holds seconds that each batch takes longer; while FOLDER/hold is there, batches wait. FOLDER/batches-PID has a line
+for each batch of a process: its number of images.
 """
 
 import os

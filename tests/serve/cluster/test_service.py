@@ -1,4 +1,4 @@
-"""`clipdit serve --engine ray` as a user starts it: the real command, Ray, sockets and processes; only its model obeys the tests."""
+"""`clipdit serve --engine ray` as a user starts it: the real command, Ray, sockets and processes; only its model obeys us."""
 
 import asyncio
 import json
@@ -7,7 +7,6 @@ import signal
 import time
 from pathlib import Path
 
-import httpx2
 import psutil
 import pytest
 import torch
@@ -91,11 +90,11 @@ async def test_jobs_are_followed_from_the_queue_to_their_result(service: RayServ
 async def test_more_than_it_can_is_answered_or_refused_and_everybody_is_accounted_for(service: RayService):
     outcomes, before = Outcomes(), sum(service.batches)
     async with service.client() as client:
-        with service.order("delay", "0.1"):
-            await asyncio.gather(*(outcomes.ask(client, number, is_right) for number in range(1, 601)))
+        with service.order("delay", "0.5"):
+            await asyncio.gather(*(outcomes.ask(client, number, is_right) for number in range(1, 501)))
     assert set(outcomes.codes) == {(200, None), (429, "queue_full")} and outcomes.broken == []
-    assert sum(outcomes.codes.values()) == 600
-    assert sum(service.batches) - before == outcomes.codes[200, None] >= 300
+    assert sum(outcomes.codes.values()) == 500
+    assert sum(service.batches) - before == outcomes.codes[200, None] >= 316
     print(f"\n{dict(outcomes.codes)}; slowest {max(outcomes.took_s):.2f} s")
 
 
@@ -227,9 +226,8 @@ async def test_sigterm_under_load_loses_no_admitted_request_and_leaves_nothing_b
     await load
     assert set(outcomes.codes) == {(200, None), (503, "draining")} and outcomes.broken == []
     assert await asyncio.to_thread(service.process.wait, 40) == 0
-    print(
-        f"\nunready after {unready_s:.2f} s, ended after {time.monotonic() - began:.1f} s; it took {service.start_s:.1f} s to start"
-    )
+    ended_s = time.monotonic() - began
+    print(f"\nunready after {unready_s:.2f} s, ended after {ended_s:.1f} s; it took {service.start_s:.1f} s to start")
     assert unready_s < 1
     _, alive = psutil.wait_procs(mine, timeout=10)
     assert alive == []
