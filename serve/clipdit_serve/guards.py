@@ -9,12 +9,15 @@ import logging
 import re
 import secrets
 import time
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clipdit_serve.errors import ApiError
-from clipdit_serve.metrics import Metrics
+
+if TYPE_CHECKING:  # it brings PyTorch, and Ray's proxy has a use for guards alone
+    from clipdit_serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ class Authorisation:
 class Record:
     """Gives each request an id, and writes down what became of it."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics):
+    def __init__(self, app: ASGIApp, metrics: "Metrics"):
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

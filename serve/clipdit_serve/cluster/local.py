@@ -21,6 +21,7 @@ ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "AUTOSCALER_METRIC_PORT": "0",  # any: two services on one machine are none of each other's business
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # 5 are too few on a machine that starts everything at the same time
     border.VARIABLE: border.IMPORT_PATH,
 }
 """Of Ray's processes, not of this one: it has no event loop, and needs its router in another thread."""
