@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 def create_app(engine: Engine, decoder: Decoder, settings: ServeSettings) -> FastAPI:
     """The application. Its lifespan starts and closes the engine and the decoder; its jobs, or None where there are none, are in
-    `app.state.jobs`.
+    `app.state.jobs`, its metrics in `app.state.metrics`.
 
     It has no pages that load scripts from elsewhere (/docs, /redoc), no CORS headers, and fetches no addresses.
     """
@@ -49,7 +49,7 @@ def create_app(engine: Engine, decoder: Decoder, settings: ServeSettings) -> Fas
     app = FastAPI(
         title="clipdit", version=version("clipdit"), lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    app.state.jobs = kept
+    app.state.jobs, app.state.metrics = kept, metrics
     app.include_router(page.router())
     app.include_router(translate.router(service))
     app.include_router(openai.router(service))

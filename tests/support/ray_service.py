@@ -15,9 +15,22 @@ from pathlib import Path
 import httpx2
 import obedient
 import psutil
+import torch
 from serving import PNG, numbered, png
 
+from clipdit.fake_backend import FakeBackend
+from clipdit.images import read_image
+from clipdit.translator import Translator
+
 KEY = "a-key-of-a-test"
+
+ALONE = Translator(FakeBackend())
+
+
+def is_right(number: int, data: bytes) -> None:
+    """An answer is bit for bit what one image alone gets in one process: a swapped one would be another's."""
+    wanted = ALONE.translate_image(numbered(number), seed=number)
+    assert torch.equal(read_image(data), wanted), f"the answer to {number} is another one's"
 
 
 class RayService:

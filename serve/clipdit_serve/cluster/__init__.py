@@ -1,6 +1,7 @@
 """The same service on several processors or machines: Ray Serve starts, watches and replaces its parts.
 
-    client -> proxy (Ray's, with border.py around it) -> Ingress (the application of app.py, N times)
+    client -> proxy (Ray's, with merging.py      the metrics of all ingresses on one page
+border.py around it) -> Ingress (the application of app.py, N times)
            -> RayEngine -> Model (a queue, a thread and a model on one GPU or some cores, K times) -> and back
 
 sizes.py        how many of everything, and how much each may hold

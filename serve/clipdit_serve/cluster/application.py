@@ -9,13 +9,10 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from clipdit_serve.batching import Model
-from clipdit_serve.cluster.ingress import Ingress
+from clipdit_serve.cluster.ingress import NAME_OF_INGRESSES, Ingress
 from clipdit_serve.cluster.model import ModelReplica
 from clipdit_serve.cluster.sizes import OTHERS, Sizes, check_jobs
 from clipdit_serve.settings import ServeSettings
-
-NAME = "clipdit"
-"""Of the application."""
 
 LOOKS_EVERY_S, SILENT_S = 1.0, 5.0
 """Ray looks at a replica so often; one that says nothing for so long, three times, is replaced."""
@@ -53,7 +50,7 @@ def application(
     )
     ingress = serve.deployment(
         Ingress,
-        name="Ingress",
+        name=NAME_OF_INGRESSES,
         num_replicas=sizes.ingresses,
         max_ongoing_requests=sizes.ingress_ongoing(settings),
         max_queued_requests=OTHERS,

@@ -5,13 +5,21 @@ from dataclasses import dataclass
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from clipdit_serve.app import create_app
-from clipdit_serve.cluster.engine import RayEngine
+from clipdit_serve.cluster.engine import ANSWERS_WITHIN_S, RayEngine
+from clipdit_serve.cluster.merging import merged
 from clipdit_serve.cluster.sizes import Sizes
 from clipdit_serve.decoding import DecodePool
 from clipdit_serve.logs import log_to_stderr
+from clipdit_serve.metrics import Metrics
 from clipdit_serve.settings import ServeSettings
+
+NAME, NAME_OF_INGRESSES = "clipdit", "Ingress"
+"""Of the application, and of this deployment in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +41,28 @@ class Ingress:
 
     def __init__(self, models: DeploymentHandle, sizes: Sizes, settings: ServeSettings, *, json: bool):
         log_to_stderr(json)
-        self._settings = settings
+        self._sizes, self._settings = sizes, settings
         self._engine = RayEngine(models, sizes, settings)
         self._decoder = DecodePool(settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         self._application = create_app(self._engine, self._decoder, self._settings)
+        if self._sizes.ingresses > 1:  # before the route of the same path, which knows of this ingress alone
+            self._application.router.routes.insert(0, Route("/metrics", self._metrics_of_all))
         return self._application
+
+    async def exposition(self) -> tuple[str, str]:
+        """(this replica's name, its metrics)."""
+        metrics: Metrics = self._application.state.metrics
+        if self._engine.model is not None:
+            metrics.model(self._engine.model)
+        return serve.get_replica_context().replica_id.unique_id, metrics.exposition()[0].decode()
+
+    async def _metrics_of_all(self, request: Request) -> Response:
+        all_of_us = serve.get_deployment_handle(NAME_OF_INGRESSES, app_name=NAME)
+        answers = await all_of_us.broadcast("exposition").results_async(timeout_s=ANSWERS_WITHIN_S, return_exceptions=True)
+        text, content_type = merged(dict([answer for answer in answers if isinstance(answer, tuple)]))
+        return Response(text, headers={"content-type": content_type})
 
     async def ready(self) -> bool:
         """Whether the next request is answered."""

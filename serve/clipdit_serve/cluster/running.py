@@ -17,7 +17,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from clipdit_serve.cluster.application import NAME
+from clipdit_serve.cluster.ingress import NAME
 from clipdit_serve.cluster.ports import address_of
 
 logger = logging.getLogger(__name__)
