@@ -72,11 +72,11 @@ class RayService:
         self.url = json.loads(self.line)["url"]
 
     def processes(self, name: str = "") -> list[psutil.Process]:
-        """Of the service, those whose command line begins so; "ray::ServeReplica:clipdit:Model" are models."""
+        """Of the service, those whose command line holds this."""
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
-                if " ".join(process.cmdline()).startswith(name):
+                if name in " ".join(process.cmdline()):
                     found.append(process)
             except psutil.Error:  # it has just ended
                 continue
@@ -84,11 +84,11 @@ class RayService:
 
     @property
     def models(self) -> list[psutil.Process]:
-        return self.processes("ray::ServeReplica:clipdit:Model")
+        return self.processes("ServeReplica:clipdit:Model")
 
     @property
     def ingresses(self) -> list[psutil.Process]:
-        return self.processes("ray::ServeReplica:clipdit:Ingress")
+        return self.processes("ServeReplica:clipdit:Ingress")
 
     @contextmanager
     def order(self, name: str, text: str = ""):

@@ -59,4 +59,4 @@ def application(
         **common,
     )
     without_key = replace(settings, api_key=None)  # of which a model has no use
-    return ingress.bind(models.bind(open_model, without_key, most=most, json=json), sizes, settings, json=json)
+    return ingress.bind(models.bind(open_model, without_key, json=json), sizes, settings, json=json)

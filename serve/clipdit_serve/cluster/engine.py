@@ -79,14 +79,13 @@ class _Ticket:
         self._engine, self._on_start = engine, on_start
         self._waits = True
         self._work = asyncio.create_task(engine.follow(task, self._start))
-        self._work.add_done_callback(lambda work: self._start())
+        self._work.add_done_callback(lambda work: engine.waiting.pop(self, None))
 
     def _start(self) -> None:
-        if self._waits:
+        self._engine.waiting.pop(self, None)
+        if self._waits:  # and was not sent a second time
             self._waits = False
-            self._engine.waiting.pop(self, None)
-            if not self._work.cancelled():
-                self._on_start()
+            self._on_start()
 
     @property
     def place(self) -> int | None:

@@ -20,6 +20,7 @@ ENVIRONMENT = {
     # Routing and our code in one thread, which waits and never computes: hand-overs between threads cost milliseconds.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_worker_niceness": "0",  # callers wait for them; 15 is for work that steps back for everybody else's
     "AUTOSCALER_METRIC_PORT": "0",  # any: two services on one machine are none of each other's business
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # 5 are too few on a machine that starts everything at the same time
     border.VARIABLE: border.IMPORT_PATH,

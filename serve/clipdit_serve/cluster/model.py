@@ -3,17 +3,17 @@
 `@serve.batch` is not used. Its queue knows no sizes that must not be mixed, no padding, no halves of a batch that failed, no
 caller who left, and no batch that hangs; `InProcessEngine` has all of that, and its tests.
 
-A replica whose model hangs or died ends itself. Ray sees that at once, sends its requests back to who sent them, and starts
-another; one that stayed and refused would look idle, and draw the requests of all others. What hangs in a GPU's driver, or holds
-the interpreter, is found by Ray's own health check.
+A replica whose model died or hangs for long ends itself. Ray sees that at once, sends its requests back to who sent them, and
+starts another. Until then it keeps what it is sent: one that refused would look idle, and draw the requests of all others. What
+holds the interpreter is found by Ray's own health check.
 """
 
 import asyncio
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 
 from clipdit_serve.batching import InProcessEngine, Model
 from clipdit_serve.cluster.wire import Condition, Refusal, SentAnswer, SentTask, Started
@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 LOOKS_EVERY_S = 0.2
 """At its own model."""
 
+HANGS_FOR_S = 4.0
+"""It counts as unready as soon as a batch hangs; after so many seconds more it ends. A machine that is too busy, or compiles,
+comes back within them, and a replica that is started takes longer than that."""
+
 REPORTS = 1000
 """Batches that are remembered for an ingress that asks."""
 
@@ -36,15 +40,13 @@ class ModelReplica:
 
     Args:
         open_model: called once; what it raises ends the replica.
-        most: requests it may hold.
         json: log as JSON lines.
     """
 
-    async def __init__(self, open_model: Callable[[], Model], settings: ServeSettings, *, most: int, json: bool):
+    async def __init__(self, open_model: Callable[[], Model], settings: ServeSettings, *, json: bool):
         log_to_stderr(json)
         self._reports: deque[BatchReport] = deque(maxlen=REPORTS)
-        # those who send requests count them; here the bound is only the last one
-        self._engine = InProcessEngine(open_model, replace(settings, queue=most))
+        self._engine = InProcessEngine(open_model, settings)  # who sends tasks admits them, and Ray bounds their number
         self._engine.start(self._reports.append)
         while self._engine.health().state == "loading":
             await asyncio.sleep(0.02)
@@ -57,27 +59,25 @@ class ModelReplica:
         started = asyncio.Event()
         loop = asyncio.get_running_loop()
         try:
-            with self._engine.admit():
-                ticket = self._engine.submit(sent.task(), lambda: _call_in(loop, started.set))
-                answering = asyncio.ensure_future(ticket.answer())
-                starting = asyncio.ensure_future(started.wait())
-                try:
-                    await asyncio.wait((answering, starting), return_when=asyncio.FIRST_COMPLETED)
-                    if started.is_set():
-                        yield Started()
-                    yield SentAnswer.of(await answering)
-                finally:  # also where the caller left
-                    starting.cancel()
-                    answering.cancel()
-                    ticket.leave()
+            ticket = self._engine.submit(sent.task(), lambda: _call_in(loop, started.set))
+            answering = asyncio.ensure_future(ticket.answer())
+            starting = asyncio.ensure_future(started.wait())
+            try:
+                await asyncio.wait((answering, starting), return_when=asyncio.FIRST_COMPLETED)
+                if started.is_set():
+                    yield Started()
+                yield SentAnswer.of(await answering)
+            finally:  # also where the caller left
+                starting.cancel()
+                answering.cancel()
+                ticket.leave()
         except ApiError as error:
             yield Refusal.of(error)
 
     async def ask(self, sent: SentTask) -> SentAnswer | Refusal:
         """What became of an image, without a word of when it started: that takes a message less."""
         try:
-            with self._engine.admit():
-                return SentAnswer.of(await self._engine.translate(sent.task()))
+            return SentAnswer.of(await self._engine.translate(sent.task()))
         except ApiError as error:
             return Refusal.of(error)
 
@@ -91,14 +91,17 @@ class ModelReplica:
     def check_health(self) -> None:
         """Ray replaces a replica whose check raises."""
         health = self._engine.health()
-        if health.state in ("hung", "dead"):
+        if health.state == "dead":
             raise RuntimeError(health.said)
 
     async def _watch(self) -> None:
+        well_s = time.monotonic()
         while True:
             await asyncio.sleep(LOOKS_EVERY_S)
             health = self._engine.health()
-            if health.state in ("hung", "dead"):
+            if health.state == "ready":
+                well_s = time.monotonic()
+            if health.state == "dead" or time.monotonic() - well_s > HANGS_FOR_S:
                 logger.critical("a model replica ends, and another is started: %s", health.said)
                 logging.shutdown()
                 os._exit(1)  # a thread that hangs would keep any other end waiting

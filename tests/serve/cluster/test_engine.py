@@ -87,7 +87,7 @@ async def started(
 
 async def _replica(open_model: Callable, settings: ServeSettings) -> ModelReplica:
     replica = ModelReplica.__new__(ModelReplica)
-    await replica.__init__(open_model, settings, most=100, json=False)  # as Ray does
+    await replica.__init__(open_model, settings, json=False)  # as Ray does
     replica._watching.cancel()  # it would end this process
     return replica
 

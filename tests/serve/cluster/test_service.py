@@ -173,7 +173,7 @@ async def test_nothing_listens_to_others_or_shows_the_key(service: RayService):
     assert (host, int(port)) in [(address, port) for address, port, _ in listening]
     open_to_others = [entry for entry in listening if entry[0] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]
     # Serve opens one port a replica at every address, which asks for the cluster's token
-    assert all(name.startswith("ray::ServeReplica") for _, _, name in open_to_others), open_to_others
+    assert all(name.startswith(("ray::ServeReplica", "ray::SERVE_REPLICA")) for _, _, name in open_to_others), open_to_others
     for _, port, _ in open_to_others:
         await asyncio.to_thread(_is_refused, port)
     token = psutil.Process(service.models[0].pid).environ()["RAY_AUTH_TOKEN"]
