@@ -1,13 +1,17 @@
 """Parts of the service are killed, again and again, while it is asked; and there are more callers than one can count."""
 
 import asyncio
+import os
 import random
 import re
+import statistics
 import time
 from collections.abc import Iterator
 
+import httpx2
 import pytest
 from ray_service import Outcomes, RayService, is_right, keep_asking
+from serving import Running
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.xdist_group("ray chaos"), pytest.mark.timeout(1800)]
 
@@ -37,6 +41,23 @@ async def test_metrics_are_those_of_all_ingresses_whoever_answers(service: RaySe
         assert len(set(re.findall(r'^clipdit_requests_total\{.*ingress="(\w+)"', page, re.MULTILINE))) == 2
         images = re.findall(r"^clipdit_batch_size_sum\{.*\} ([\d.e+]+)$", page, re.MULTILINE)
         assert sum(map(float, images)) == sum(service.batches)
+
+
+async def test_overhead_is_that_of_a_few_messages_more_than_the_local_engines(service: RayService):
+    """Side by side, in turns, one caller: what is measured is the way around the model, which takes next to nothing here."""
+    local, took_s = Running(), {"local": [], "ray": []}
+    async with service.client() as ray, httpx2.AsyncClient(base_url=local.url, timeout=60) as one:
+        for _ in range(10):
+            for name, client in (("local", one), ("ray", ray)):
+                for _ in range(30):
+                    outcomes = Outcomes()
+                    assert await outcomes.ask(client, 7, is_right) == 200
+                    took_s[name] += outcomes.took_s
+    local.stop()
+    p50_ms = {name: 1000 * statistics.median(times_s) for name, times_s in took_s.items()}
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    print(f"\np50 {p50_ms} ms, ratio {p50_ms['ray'] / p50_ms['local']:.2f}, {load:.1f} load a core")
+    assert p50_ms["ray"] < 10 * p50_ms["local"]
 
 
 async def test_20_kills_of_a_model_at_random_moments_cost_nobody_an_answer(service: RayService):
