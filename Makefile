@@ -28,7 +28,7 @@ demo: .venv/installed
 	$(BIN)/clipdit demo --out demo
 
 test: .venv/installed
-	$(TEST_ENV) $(BIN)/pytest -n $(WORKERS) -m "not slow"
+	$(TEST_ENV) $(BIN)/pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 test-slow: .venv/installed
 	$(TEST_ENV) $(BIN)/pytest -m slow

@@ -37,7 +37,7 @@ def create_app(
     tracer_provider: "TracerProvider | None" = None,
 ) -> FastAPI:
     """The application. Its lifespan starts and closes the engines and the decoder; its jobs, or None where there are none, are in
-    `app.state.jobs`, and `app.state.reloads` reloads the engines.
+    `app.state.jobs`, its metrics in `app.state.metrics`, and `app.state.reloads` reloads the engines.
 
     Args:
         metrics_port: /metrics is answered to whoever comes through this port, without a key, and nowhere else.
@@ -77,7 +77,7 @@ def create_app(
         redirect_slashes=False,
         **_telemetry(tracer_provider),
     )
-    app.state.jobs, app.state.reloads = kept, reloads
+    app.state.jobs, app.state.metrics, app.state.reloads = kept, metrics, reloads
     app.include_router(page.router(engines))
     app.include_router(translate.router(service))
     app.include_router(openai.router(service))

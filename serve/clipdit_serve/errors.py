@@ -6,13 +6,15 @@ The body has OpenAI's shape, which its clients turn into exceptions:
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from clipdit.decoding import Fault
+if TYPE_CHECKING:  # it brings PyTorch, and Ray's proxy has a use for the table alone
+    from clipdit.decoding import Fault
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ ERRORS = {
     "deadline_exceeded": Kind(status=504, type=SERVER, about="no answer within the time limit"),
 }
 
-IMAGE_FAULTS: dict[Fault, str] = {
+IMAGE_FAULTS: "dict[Fault, str]" = {
     "damaged": "image_damaged",
     "empty": "image_empty",
     "format": "unsupported_image_format",

@@ -3,18 +3,22 @@
 Not Starlette's BaseHTTPMiddleware, which hides from a route that its caller left.
 """
 
+import asyncio
 import hmac
 import logging
 import re
 import secrets
 import time
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clipdit_serve.errors import ApiError
-from clipdit_serve.metrics import Metrics
-from clipdit_serve.tracing import Traces
+
+if TYPE_CHECKING:  # they bring PyTorch, and Ray's proxy has a use for guards alone
+    from clipdit_serve.metrics import Metrics
+    from clipdit_serve.tracing import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +92,7 @@ class Ports:
 class Record:
     """Gives each request an id, and writes down what became of it."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, traces: Traces):
+    def __init__(self, app: ASGIApp, metrics: "Metrics", traces: "Traces"):
         self._app, self._metrics, self._traces = app, metrics, traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -113,6 +117,9 @@ class Record:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # Ray Serve's way of saying that the caller left
+            status, code = (status, code) if answered else (499, "client_closed_request")
+            raise
         except Exception as error:
             logger.error("request %s failed: %s", id, error, exc_info=error, extra={"request_id": id})
             if answered:  # half an answer is sent: the server can only break the connection

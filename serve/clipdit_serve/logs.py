@@ -36,3 +36,12 @@ def log_trace_ids() -> None:
     """Every handler of this process, from now on."""
     for handler in logging.getLogger().handlers:
         handler.addFilter(TraceIds())
+
+
+def log_to_stderr(json: bool) -> None:
+    """In a process that the command line did not start: its own loggers from INFO, everybody else's from WARNING."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(json_formatter() if json else logging.Formatter("%(message)s"))
+    logging.getLogger().handlers[:] = [handler]
+    for name in ("clipdit", "clipdit_serve"):
+        logging.getLogger(name).setLevel(logging.INFO)

@@ -76,7 +76,7 @@ class Server(uvicorn.Server):
         self._engines, self._decoder, self._on_ready = Variants.of(engine), decoder, on_ready
         self._jobs: Jobs | None = app.state.jobs
         self._reloads: Reloads = app.state.reloads
-        self._had_terminal = _has_terminal()
+        self._had_terminal = has_terminal()
         self._linger_s, self._drain_s = linger_s, drain_s
         self._metrics_socket = metrics_socket
         self._announced = False
@@ -99,7 +99,7 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
 
     def _hang_up(self) -> None:
-        if self._had_terminal and not _has_terminal():
+        if self._had_terminal and not has_terminal():
             self.handle_exit(signal.SIGTERM, None)
         else:
             self._reloads.ask()
@@ -124,7 +124,7 @@ class Server(uvicorn.Server):
         return f"http://{join_host(*self.servers[0].sockets[0].getsockname()[:2])}"
 
 
-def _has_terminal() -> bool:
+def has_terminal() -> bool:
     """Whether this process belongs to one that is there."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))

@@ -1,10 +1,14 @@
 """What whoever starts the service decides. Every number here has a unit and a reason."""
 
+from __future__ import annotations
+
 import ipaddress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from clipdit.images import Fit
-from clipdit.translator import Size
+if TYPE_CHECKING:  # they bring PyTorch, and Ray's proxy has a use for numbers alone
+    from clipdit.images import Fit
+    from clipdit.translator import Size
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Uploads that are taken, as Pillow names them: of its decoders the three with the most eyes on them. The other formats had most

@@ -200,3 +200,85 @@ def test_the_health_check_of_the_image_passes_while_ready_and_fails_otherwise():
         server.shutdown()
     assert check(server.server_port) == 1  # nothing listens there any more
     assert statuses == []
+
+
+class TestKubeRay:
+    """serve/deploy/kuberay.yaml: the same promises, for the service on Ray."""
+
+    manifest = FOLDER / "kuberay.yaml"
+
+    def spec(self) -> dict:
+        (document,) = yaml.safe_load_all(self.manifest.read_text())
+        assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", "RayService")
+        return document["spec"]
+
+    def config(self) -> dict:
+        return yaml.safe_load(self.spec()["serveConfigV2"])
+
+    def containers(self) -> list[dict]:
+        cluster = self.spec()["rayClusterConfig"]
+        groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+        return [container for group in groups for container in group["template"]["spec"]["containers"]]
+
+    def test_yamllint_finds_nothing(self):
+        done = linter("yamllint", "--strict", "--config-data", YAMLLINT, str(self.manifest))
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def test_ray_takes_the_config_and_its_arguments_build_the_application(self, monkeypatch: pytest.MonkeyPatch):
+        schema = pytest.importorskip("ray.serve.schema")
+        (application,) = schema.ServeDeploySchema.model_validate(self.config()).applications
+        assert (application.route_prefix, application.name) == ("/", "clipdit")
+        module, _, function = application.import_path.partition(":")
+        # in a Python of its own, whose functions do not check the types of their arguments: Ray could not send those
+        code = f"""
+import json, sys
+from {module} import Arguments, {function}
+ingress = {function}(Arguments(**json.loads(sys.argv[1])))._bound_deployment
+print(ingress.name, ingress.num_replicas)"""
+
+        def built() -> subprocess.CompletedProcess:
+            arguments = [sys.executable, "-P", "-c", code, json.dumps(application.args)]
+            return subprocess.run(arguments, capture_output=True, text=True)
+
+        monkeypatch.delenv(command.KEY, raising=False)
+        assert built().stderr.splitlines()[-1].startswith("ValueError: no key is set; set CLIPDIT_API_KEY")
+        monkeypatch.setenv(command.KEY, "k")
+        assert built().stdout == f"Ingress {application.args['ingress_replicas']}\n"
+
+    def test_the_key_is_a_secret_and_the_cluster_asks_for_a_token(self):
+        assert self.spec()["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+        keys = [entry for container in self.containers() for entry in container["env"] if entry["name"] == command.KEY]
+        (key,) = keys
+        assert "value" not in key and set(key["valueFrom"]) == {"secretKeyRef"}
+        assert "insecure" not in self.config()["applications"][0]["args"]
+
+    def test_every_proxy_has_the_border_around_it(self):
+        from clipdit_serve.cluster import border
+
+        for container in self.containers():
+            assert {"name": border.VARIABLE, "value": border.IMPORT_PATH} in container["env"]
+            assert {"name": "serve", "containerPort": self.config()["http_options"]["port"]} in container["ports"]
+
+    def test_replicas_fit_the_workers_and_end_before_they_are_killed(self):
+        arguments = self.config()["applications"][0]["args"]
+        (group,) = self.spec()["rayClusterConfig"]["workerGroupSpecs"]
+        (worker,) = group["template"]["spec"]["containers"]
+        cpus = group["replicas"] * int(worker["resources"]["limits"]["cpu"])
+        assert cpus == arguments["replicas"] * arguments["cpus"] + arguments["ingress_replicas"]
+        assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= arguments["drain_s"] + 5
+        assert self.spec()["rayClusterDeletionDelaySeconds"] >= arguments["drain_s"] + 5
+
+    def test_it_runs_as_the_images_user_and_version(self):
+        import importlib.metadata
+
+        user = int(instruction("USER"))
+        cluster = self.spec()["rayClusterConfig"]
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            assert group["template"]["spec"]["securityContext"]["runAsUser"] == user
+            assert group["template"]["spec"]["automountServiceAccountToken"] is False
+        assert {c["image"] for c in self.containers()} == {container()["image"]}
+        assert {c["securityContext"]["allowPrivilegeEscalation"] for c in self.containers()} == {False}
+        try:
+            assert cluster["rayVersion"] == importlib.metadata.version("ray")
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip("needs ray")

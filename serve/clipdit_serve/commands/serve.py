@@ -1,4 +1,4 @@
-"""`clipdit serve`: the HTTP service, in one process."""
+"""`clipdit serve`: the HTTP service, in one process, or in many that Ray Serve watches."""
 
 import json as json_module
 import logging
@@ -21,6 +21,10 @@ def serve(
     model: str | None = None,
     backend: str | None = None,
     device: str | None = None,
+    engine: Literal["local", "ray"] = "local",
+    replicas: int | None = None,
+    ingress_replicas: int | None = None,
+    ray_address: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     metrics_port: int | None = None,
@@ -52,6 +56,12 @@ def serve(
             onnx:onnx-int8,onnx:onnx-fp32, are variants that callers choose from, the first if they do not; each is a model of its
             own in memory, and they share the processors.
         device: cpu, cuda, cuda:1 ...; the best one here if not given.
+        engine: local is this process; ray is Ray Serve, with its model in several processes, on several GPUs or machines.
+        replicas: of the model, with --engine ray; one a GPU if not given, or one.
+        ingress_replicas: processes that answer HTTP, with --engine ray; 1 if not given. More than one cannot keep jobs: say
+            --max-jobs 0.
+        ray_address: of a Ray cluster that runs already and serves nothing yet; a closed one on this machine is started if not
+            given.
         host: address to listen at. Another than this machine's own needs CLIPDIT_API_KEY, or --insecure.
         port: likewise; 0 takes a free one.
         metrics_port: answer /metrics there, without the key, and no longer at --port; 0 takes a free one.
@@ -110,12 +120,40 @@ def serve(
     for one in backends.values():
         _check_model(Path(locate(model or BUILT_IN)), one)
 
+    on_ray = {"--replicas": replicas, "--ingress-replicas": ingress_replicas, "--ray-address": ray_address}
+    if engine == "local" and (names := [name for name, value in on_ray.items() if value is not None]):
+        raise ValueError(f"{names[0]} is an option of --engine ray; say that too, or leave it out")
+
+    metrics_socket = None
+
     def say(address: str) -> None:
         line = {"url": address, "model": settings.model_name} if json else f"{settings.model_name} at {address}"
         if metrics_socket is not None:
             there = f"http://{join_host(*metrics_socket.getsockname()[:2])}/metrics"
             line = line | {"metrics": there} if isinstance(line, dict) else f"{line}, its metrics at {there}"
         print(json_module.dumps(line) if json else line, flush=True)
+
+    if engine == "ray":
+        from clipdit_serve.cluster.start import Options, start
+
+        if len(backends) > 1:
+            raise ValueError(f"--backend is {backend}; --engine ray serves one variant. Start a service for each")
+        if metrics_port is not None:
+            raise ValueError("--metrics-port is an option of --engine local; --engine ray answers /metrics at --port, with the key")
+        options = Options(
+            device=device,
+            replicas=replicas,
+            ingress_replicas=1 if ingress_replicas is None else ingress_replicas,
+            address=ray_address or os.environ.get("RAY_ADDRESS"),
+            host=host,
+            port=port,
+            linger_s=linger_s,
+            drain_s=drain_s,
+            json=json,
+        )
+        path = str(Path(locate(model)).absolute()) if model else None  # not resolved: a reload follows a link anew
+        ended_by = start(opener(path, backend=backend, device=device), options, settings, hide=KEY, on_ready=say)
+        return INTERRUPTED if ended_by == signal.SIGINT else DONE
 
     tracer_provider = open_provider(os.environ)
     if tracer_provider is not None:
@@ -148,7 +186,7 @@ def serve(
     finally:
         if tracer_provider is not None:
             close_provider(tracer_provider)
-    failures = [engine.failure for engine in engines.values() if engine.failure is not None]
+    failures = [one.failure for one in engines.values() if one.failure is not None]
     for failure in failures:
         if isinstance(failure, ValueError | OSError):
             raise failure

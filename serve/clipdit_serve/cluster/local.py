@@ -1,0 +1,100 @@
+"""A Ray cluster of this machine alone, closed to everybody else; or one that runs already."""
+
+import json as json_module
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from clipdit_serve.cluster import border
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_ENABLE_HA_PROXY": "0",  # it would listen at every address, past border.py, and end after half a minute
+    # Routing and our code in one thread, which waits and never computes: hand-overs between threads cost milliseconds.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_worker_niceness": "0",  # callers wait for them; 15 is for work that steps back for everybody else's
+    "AUTOSCALER_METRIC_PORT": "0",  # any: two services on one machine are none of each other's business
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # 5 are too few on a machine that starts everything at the same time
+    border.VARIABLE: border.IMPORT_PATH,
+}
+"""Of Ray's processes, not of this one: it has no event loop, and needs its router in another thread."""
+
+
+@contextmanager
+def cluster(*, address: str | None, cpus: int, json: bool, without: str) -> Iterator[None]:
+    """A Ray cluster around the block.
+
+    One that is started listens at this machine's own address, has no dashboard, and answers only who knows a token that nobody
+    else has; it ends with the block, and its files go.
+
+    Args:
+        address: of a cluster that runs already; None starts one.
+        cpus: as Ray counts them, of one that is started.
+        json: its log lines are JSON.
+        without: an environment variable that its processes must not have.
+    """
+    folder = None
+    if address is None:  # Ray looks for these when it is imported
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        folder = tempfile.mkdtemp(prefix="clipdit-ray-")  # short: paths of sockets are
+    import ray
+    import ray.serve
+    from ray._private import ray_constants
+    from ray._private import worker as ray_worker
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher
+
+    hidden = os.environ.pop(without, None)
+    os.environ |= ENVIRONMENT
+    started = {
+        "num_cpus": cpus,
+        "include_dashboard": False,
+        "_node_ip_address": "127.0.0.1",
+        "_temp_dir": folder,
+    }
+    clustered = ray_constants.ENABLE_RAY_CLUSTER
+    # False is what Ray itself says on macOS: then it listens at the loopback address, and else at every one
+    ray_constants.ENABLE_RAY_CLUSTER = address is not None
+    try:
+        ray.init(
+            address="local" if address is None else address,
+            namespace="clipdit",
+            logging_level=logging.ERROR,
+            log_to_driver=True,
+            **(started if address is None else {}),
+        )
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        ray_worker._worker_logs_enabled = False  # it would print to the output that belongs to the one line with the address
+        global_worker_stdstream_dispatcher.add_handler("clipdit", lambda data: _print(data, json))
+        yield
+    finally:
+        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = clustered
+        if hidden is not None:
+            os.environ[without] = hidden
+        global_worker_stdstream_dispatcher.remove_handler("clipdit")
+        ray_worker._worker_logs_enabled = True
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+"""Of Ray Serve. What it says of a replica that ended the replica has said; the autoscaler says that it has nothing to do."""
+
+
+def _print(data: dict, json: bool) -> None:
+    """Lines of the cluster's processes, as they are; in JSON, those that are none become some."""
+    if data["pid"] == "autoscaler" or data.get("actor_name") == CONTROLLER:
+        return
+    for line in data["lines"]:
+        if json and not line.startswith("{"):
+            record = {"level": "WARNING" if data["is_err"] else "INFO", "logger": "ray", "message": line, "pid": data["pid"]}
+            line = json_module.dumps(record)
+        print(line, file=sys.stderr, flush=True)
