@@ -39,7 +39,9 @@ Quality = Annotated[int, Field(ge=0, le=100, description="Of webp and jpeg.")]
 VariantName = Annotated[
     str | None,
     OrNothing,
-    Field(description="How the model is run, where the service offers several ways; the names after the colon in GET /v1/models."),
+    Field(
+        description="How the model is run, where the service offers several ways; the names after the colon in GET /v1/models."
+    ),
 ]
 ModelName = Annotated[str | None, OrNothing, Field(description="As GET /v1/models names it.")]
 

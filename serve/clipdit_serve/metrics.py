@@ -39,7 +39,9 @@ class Metrics:
         self._requests = Counter("clipdit_requests", "Requests answered", ["route", "code"], registry=registry)
         self._seconds = Histogram("clipdit_request_seconds", "From head to answer", ["route"], buckets=SECONDS, registry=registry)
         self._wait = Histogram("clipdit_queue_wait_seconds", "In the queue", by, buckets=SECONDS, registry=registry)
-        self._batch = Histogram("clipdit_batch_size", "Images in a batch, padding left out", by, buckets=IMAGES, registry=registry)
+        self._batch = Histogram(
+            "clipdit_batch_size", "Images in a batch, padding left out", by, buckets=IMAGES, registry=registry
+        )
         self._model = Histogram("clipdit_model_seconds", "Of a batch in the model", by, buckets=SECONDS, registry=registry)
         self._rejected = Counter("clipdit_rejected", "Requests that could not be served", ["reason"], registry=registry)
         self._bad_input = Counter("clipdit_bad_input", "Uploads that are no image to us", ["reason"], registry=registry)
@@ -80,7 +82,9 @@ class Metrics:
         self._reloads.labels(result).inc()
 
     def model(self, variant: str, info: ModelInfo) -> None:
-        self._of(self._info, variant).info({"revision": info.fingerprint[:12], "backend": info.backend, "precision": info.precision})
+        self._of(self._info, variant).info(
+            {"revision": info.fingerprint[:12], "backend": info.backend, "precision": info.precision}
+        )
 
     def _of(self, metric: Metric, variant: str) -> Metric:
         return metric.labels(variant) if self._by_variant else metric

@@ -341,7 +341,9 @@ async def test_before_the_first_model_is_there_and_after_it_died_there_is_nothin
 
 
 async def test_health_and_metrics_tell_of_reloads_and_a_refusal_names_no_folder_to_strangers(decoder):
-    shelf = Shelf(lambda: Identity(fingerprint="a" * 64), lambda: Identity(fingerprint="b" * 64), raises(ValueError("/srv/x is bad")))
+    shelf = Shelf(
+        lambda: Identity(fingerprint="a" * 64), lambda: Identity(fingerprint="b" * 64), raises(ValueError("/srv/x is bad"))
+    )
     async with served(shelf, ServeSettings(), decoder) as (client, engine):
         reloads = client._transport.app.state.reloads
         assert (await client.get("/readyz?verbose")).json()["reload"] is None
@@ -379,9 +381,7 @@ async def test_a_reload_at_50_requests_a_second_costs_no_answer_and_the_revision
     engine = InProcessEngine(shelf, settings)
     app = create_app(engine, decoder, settings)
     up = asyncio.Event()
-    server = Server(
-        app, engine, decoder, host="127.0.0.1", port=0, linger_s=0, drain_s=10, on_ready=lambda address: up.set()
-    )
+    server = Server(app, engine, decoder, host="127.0.0.1", port=0, linger_s=0, drain_s=10, on_ready=lambda address: up.set())
     serving = asyncio.create_task(server.serve())
     await asyncio.wait_for(up.wait(), 20)
     headers: dict[int, str] = {}

@@ -115,9 +115,7 @@ async def served(
 
 
 @contextlib.asynccontextmanager
-async def _client_of(
-    engine: InProcessEngine | Variants, settings: ServeSettings, decoder
-) -> AsyncIterator[httpx2.AsyncClient]:
+async def _client_of(engine: InProcessEngine | Variants, settings: ServeSettings, decoder) -> AsyncIterator[httpx2.AsyncClient]:
     app = create_app(engine, decoder, settings)
     limits = httpx2.Limits(max_connections=None)
     async with (
