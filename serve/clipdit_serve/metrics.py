@@ -3,9 +3,8 @@
 from typing import TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
-from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
-
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from clipdit_serve.engine import BatchReport, ModelInfo
 from clipdit_serve.reloading import Result
