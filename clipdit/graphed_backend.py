@@ -9,6 +9,7 @@ put together after the last. The solver's constants are read from the device, so
 """
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 GRAPHS = 8
 """At most so many are kept; the one that was used longest ago goes first. Each holds the memory of a whole step."""
+_CAPTURING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,9 @@ class GraphedBackend(EagerBackend):
         """(do it again, where its result lies)."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.limits.device)
-        with torch.cuda.graph(graph):
+        # a service has a thread for each model: PyTorch has one stream to capture on, and what another thread allocates meanwhile
+        # is nothing to this graph
+        with _CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = run()
         return graph.replay, result
 

@@ -3,9 +3,8 @@
 from typing import TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
-from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
-
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from clipdit_serve.engine import BatchReport, ModelInfo
 from clipdit_serve.reloading import Result
@@ -39,7 +38,9 @@ class Metrics:
         self._requests = Counter("clipdit_requests", "Requests answered", ["route", "code"], registry=registry)
         self._seconds = Histogram("clipdit_request_seconds", "From head to answer", ["route"], buckets=SECONDS, registry=registry)
         self._wait = Histogram("clipdit_queue_wait_seconds", "In the queue", by, buckets=SECONDS, registry=registry)
-        self._batch = Histogram("clipdit_batch_size", "Images in a batch, padding left out", by, buckets=IMAGES, registry=registry)
+        self._batch = Histogram(
+            "clipdit_batch_size", "Images in a batch, padding left out", by, buckets=IMAGES, registry=registry
+        )
         self._model = Histogram("clipdit_model_seconds", "Of a batch in the model", by, buckets=SECONDS, registry=registry)
         self._rejected = Counter("clipdit_rejected", "Requests that could not be served", ["reason"], registry=registry)
         self._bad_input = Counter("clipdit_bad_input", "Uploads that are no image to us", ["reason"], registry=registry)
@@ -80,7 +81,9 @@ class Metrics:
         self._reloads.labels(result).inc()
 
     def model(self, variant: str, info: ModelInfo) -> None:
-        self._of(self._info, variant).info({"revision": info.fingerprint[:12], "backend": info.backend, "precision": info.precision})
+        self._of(self._info, variant).info(
+            {"revision": info.fingerprint[:12], "backend": info.backend, "precision": info.precision}
+        )
 
     def _of(self, metric: Metric, variant: str) -> Metric:
         return metric.labels(variant) if self._by_variant else metric

@@ -31,8 +31,8 @@ class Reload:
 
 
 class Reloads:
-    """Reloads the engines of a service, one after the other, so that there is one model more in memory than serve, and no more. An
-    engine that refuses ends the reload: those after it keep what they have, those before it have the new one.
+    """Reloads the engines of a service, one after the other, so that there is one model more in memory than serve, and no more.
+    An engine that refuses ends the reload: those after it keep what they have, those before it have the new one.
 
     Called in the thread of the event loop.
 

@@ -137,8 +137,8 @@ class Service:
             raise ApiError("invalid_value", f"{name} is {steps}; wanted 1 to {self.settings.max_steps}", param=name)
 
     def refuse_early(self, variant: str | None = None) -> None:
-        """ApiError when a request would not be admitted: asked before its body is read. variant: None where the body may name one;
-        then it is refused when none of them would admit it."""
+        """ApiError when a request would not be admitted: asked before its body is read. variant: None where the body may name
+        one; then it is refused when none of them would admit it."""
         refusals = []
         for engine in [self.engines[variant]] if variant is not None else self.engines.values():
             try:

@@ -146,13 +146,13 @@ def test_a_service_ends_with_its_terminal():
 
 @pytest.fixture(scope="module")
 def bundles(checkpoints: tuple[Path, Path]) -> Iterator[tuple[Path, Path]]:
-    """Of those checkpoints, fp32 and int8."""
+    """Of those checkpoints, fp32 and fp16."""
     build = pytest.importorskip("clipdit_export.build").build
     from clipdit_export import assembly
     from clipdit_export.order import Order
     from clipdit_export.precision.recipe import default_recipe
 
-    order = Order(recipes=tuple(map(default_recipe, ("fp32", "int8"))), max_batch=4)
+    order = Order(recipes=tuple(map(default_recipe, ("fp32", "fp16"))), max_batch=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assembly, "SECONDS", 0.2)
         made = [folder.with_name(f"bundle-{folder.name}") for folder in checkpoints]
@@ -162,6 +162,7 @@ def bundles(checkpoints: tuple[Path, Path]) -> Iterator[tuple[Path, Path]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # most of it for the export of the two
 @pytest.mark.anyio
 async def test_bundles_are_exchanged_at_50_requests_a_second_in_two_variants_and_a_wrong_hash_is_refused(
     bundles: tuple[Path, Path], tmp_path: Path
@@ -174,8 +175,8 @@ async def test_bundles_are_exchanged_at_50_requests_a_second_in_two_variants_and
     weights.write_bytes(data)
     link = tmp_path / "model"
     link.symlink_to(bundles[0])
-    service = Running("--model", str(link), "--queue", "500", backend="onnx:onnx-fp32,onnx:onnx-int8")
-    names = ["onnx-fp32", "onnx-int8"]
+    service = Running("--model", str(link), "--queue", "500", backend="onnx:onnx-fp32,onnx:onnx-fp16")
+    names = ["onnx-fp32", "onnx-fp16"]
     wanted = {
         f"{translated(service, f'variant={name}')[1].split('@')[0]}@{fingerprint_of(bundle)}": made_by(bundle, f"onnx:{name}")
         for bundle in bundles

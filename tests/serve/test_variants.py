@@ -181,7 +181,8 @@ async def test_the_page_offers_them_in_their_order(decoder):
 
 
 def test_variants_are_called_what_a_caller_can_tell_apart():
-    words = {"eager": "eager", "eager:bf16": "eager-bf16", "onnx:onnx-int8": "onnx-int8", "tensorrt-rtx:tensorrt-rtx-fp16": "tensorrt-rtx-fp16"}  # fmt: skip
+    words = {"eager": "eager", "eager:bf16": "eager-bf16", "onnx:onnx-int8": "onnx-int8"}
+    words["tensorrt-rtx:tensorrt-rtx-fp16"] = "tensorrt-rtx-fp16"
     assert {word: variant_name(word) for word in words} == words
     assert _backends(None) == {"": None}
     assert list(_backends("onnx:onnx-int8,eager").items()) == [("onnx-int8", "onnx:onnx-int8"), ("eager", "eager")]

@@ -47,8 +47,9 @@ def serve(
 ) -> int:
     """Answer translations by HTTP: OpenAI's POST /v1/images/edits, POST /v1/translate, and jobs under /v1/jobs.
 
-    SIGHUP opens the model anew, without an error for anybody. Says in one line where, when the model is warm. With the environment variable CLIPDIT_API_KEY set, every route but health
-    and the page needs `Authorization: Bearer KEY`; without it only this machine can reach the service.
+    Says in one line where, when the model is warm; SIGHUP then opens it anew, without an error for anybody. With the
+    environment variable CLIPDIT_API_KEY set, every route but health and the page needs `Authorization: Bearer KEY`; without
+    it only this machine can reach the service.
 
     Args:
         model: checkpoint or bundle; the built-in one if not given.
