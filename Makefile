@@ -18,6 +18,7 @@ help:
 	@echo "make fuzz       five minutes of damaged uploads for the decoder; SECONDS=60 is shorter, and finds are kept in fuzz/"
 	@echo "make test-triton  a bundle in a real Triton Inference Server, which is downloaded into triton/ (55 MB)"
 	@echo "make audit      known holes in the dependencies, and risky lines in the code; its tools get an environment of their own"
+	@echo "make sbom.json  what .venv holds, as CycloneDX"
 	@echo "make lint       style, types and import rules (\`make test\` checks them too)"
 	@echo "make format     put the style right"
 	@echo "make picture    make the README's pictures anew, from a demo and with Chromium"
@@ -45,6 +46,18 @@ test-triton: .venv/installed triton/pytriton
 
 triton/pytriton:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target triton nvidia-pytriton==0.7.0
+
+# pip-audit asks a vulnerability service on the Internet; --strict makes it fail where that does not know a package, rather than pass.
+audit: .venv/installed audit/bin/bandit
+	audit/bin/bandit --quiet --recursive --severity-level medium clipdit export kernels serve
+	audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
+
+sbom.json: .venv/installed audit/bin/bandit
+	audit/bin/cyclonedx-py environment --output-file $@ .venv
+
+audit/bin/bandit:
+	$(BIN)/python -m venv audit
+	audit/bin/pip install --quiet --disable-pip-version-check bandit cyclonedx-bom pip-audit
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -138,9 +138,9 @@ def _from_hub(name: str) -> VAE:
     config, subfolder = None, None
     with hub_errors(name, "VAE"):
         try:
-            config = hf_hub_download(name, "config.json")
+            config = hf_hub_download(name, "config.json")  # JSON only, and the user named it  # nosec B615
         except RemoteEntryNotFoundError:  # a pipeline has none at its root
-            config, subfolder = hf_hub_download(name, "config.json", subfolder="vae"), "vae"
+            config, subfolder = hf_hub_download(name, "config.json", subfolder="vae"), "vae"  # nosec B615
     kind = _kind(read_json(Path(config)), name)
     with hub_errors(name, "VAE"):
         return kind.from_pretrained(name, subfolder=subfolder, use_safetensors=True)

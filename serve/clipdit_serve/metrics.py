@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from clipdit_serve.engine import BatchReport, ModelInfo
+from clipdit_serve.engine import BatchReport
 from clipdit_serve.reloading import Result
 from clipdit_serve.variants import Variants
 
@@ -31,7 +31,7 @@ class Metrics:
     """The metrics of one application. Those of a model have the label `variant` where there are several."""
 
     def __init__(self, engines: Variants):
-        self.registry = CollectorRegistry()
+        self._engines, self.registry = engines, CollectorRegistry()
         registry = self.registry
         self._by_variant = ["variant"] if engines.several else []
         by = self._by_variant
@@ -80,14 +80,13 @@ class Metrics:
         """One reload is over: done or refused."""
         self._reloads.labels(result).inc()
 
-    def model(self, variant: str, info: ModelInfo) -> None:
-        self._of(self._info, variant).info(
-            {"revision": info.fingerprint[:12], "backend": info.backend, "precision": info.precision}
-        )
-
     def _of(self, metric: Metric, variant: str) -> Metric:
         return metric.labels(variant) if self._by_variant else metric
 
     def exposition(self) -> tuple[bytes, str]:
         """(text, its content type)."""
+        for name, engine in self._engines.items():
+            if (info := engine.model) is not None:
+                told = {"revision": info.fingerprint[:12], "backend": info.backend, "precision": info.precision}
+                self._of(self._info, name).info(told)
         return generate_latest(self.registry), CONTENT_TYPE_LATEST

@@ -59,8 +59,9 @@ async def test_every_bad_image_gets_its_code_within_seconds_and_the_service_goes
     alive = [pid for pid in workers_mib if Path(f"/proc/{pid}/status").exists()]
     workers_grown_mib = [peak_mib(pid) - workers_mib[pid] for pid in alive]
     print(f"\n{len(cases)} uploads, the slowest {slowest[0]:.2f} s ({slowest[1]}); memory at the peak over that before, MiB:")
+    print(f"\n{len(cases)} uploads, the slowest {slowest[0]:.2f} s ({slowest[1]}); memory at the peak over that before, MiB:")
     print(
-        f"this process {grown_mib:.0f}, {len(alive)} of {len(workers_mib)} decoding processes {[round(m) for m in workers_grown_mib]}"
+        f"this process {grown_mib:.0f}; {len(alive)} of {len(workers_mib)} decoders {[round(mib) for mib in workers_grown_mib]}"
     )
     assert wrong == {}
     assert slow == {}

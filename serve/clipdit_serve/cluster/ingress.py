@@ -51,9 +51,7 @@ class Ingress:
             log_trace_ids()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        self._application = create_app(
-            self._engine, self._decoder, self._settings, tracer_provider=self._tracer_provider
-        )
+        self._application = create_app(self._engine, self._decoder, self._settings, tracer_provider=self._tracer_provider)
         if self._sizes.ingresses > 1:  # before the route of the same path, which knows of this ingress alone
             self._application.router.routes.insert(0, Route("/metrics", self._metrics_of_all))
         return self._application
@@ -61,8 +59,6 @@ class Ingress:
     async def exposition(self) -> tuple[str, str]:
         """(this replica's name, its metrics)."""
         metrics: Metrics = self._application.state.metrics
-        if self._engine.model is not None:
-            metrics.model("", self._engine.model)
         return serve.get_replica_context().replica_id.unique_id, metrics.exposition()[0].decode()
 
     async def _metrics_of_all(self, request: Request) -> Response:

@@ -140,7 +140,7 @@ def serve(
         if len(backends) > 1:
             raise ValueError(f"--backend is {backend}; --engine ray serves one variant. Start a service for each")
         if metrics_port is not None:
-            raise ValueError("--metrics-port is an option of --engine local; --engine ray answers /metrics at --port, with the key")
+            raise ValueError("--metrics-port is for --engine local; --engine ray answers /metrics at --port, with the key")
         options = Options(
             device=device,
             replicas=replicas,

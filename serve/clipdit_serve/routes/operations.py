@@ -48,9 +48,6 @@ def router(service: Service, metrics: Metrics, reloads: Reloads, *, described: b
         include_in_schema=described,
     )
     async def read_metrics() -> Response:
-        for name, engine in service.engines.items():
-            if engine.model is not None:
-                metrics.model(name, engine.model)
         text, content_type = metrics.exposition()
         return Response(text, headers={"content-type": content_type})
 
