@@ -1,0 +1,101 @@
+"""A Ray to run on: the cluster that RAY_ADDRESS names, or one of our own that ends with this process.
+
+Whoever reaches Ray's ports can run programs, so our own listens on 127.0.0.1 alone, asks for a token (unless Ray was imported before, when it is too late), and has no dashboard. It is never looked for: a Ray that a
+killed process left behind, or that somebody else runs on this machine, is not touched.
+"""
+
+import logging
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+
+MIN_CPUS = 4
+"""Ray plans with whole CPUs. With two, a pipeline of readers, a model and writers can wait for itself for ever; so our own Ray is
+told of at least four, which are shares of what is there."""
+
+T = TypeVar("T")
+
+
+class Cluster:
+    """Connected until `close`.
+
+    Args:
+        cpus: what a Ray of our own has at least, as it counts.
+    """
+
+    def __init__(self, cpus: int):
+        _before_ray_is_imported()
+        import ray
+
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        address = os.environ.get("RAY_ADDRESS")
+        self.own = address is None
+        if address is not None:
+            try:
+                ray.init(address=address, **quiet)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise ValueError(f"RAY_ADDRESS is {address}, where no Ray answers: {error}") from error
+        else:
+            cpus = max(MIN_CPUS, os.cpu_count() or 1, cpus)
+            # "local" is always a new one; by default Ray would join what it finds on this machine
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        resources = ray.cluster_resources()
+        self.cpus, self.gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+        logger.info("%s, %d CPUs, %d GPUs", "a Ray of our own" if self.own else f"Ray at {address}", self.cpus, self.gpus)
+
+    def trouble(self) -> str | None:
+        """Why it cannot go on, if so."""
+        import ray
+
+        try:
+            nodes = within(10.0, ray.nodes)
+        except Exception as error:
+            return f"Ray does not answer ({' '.join(str(error).split())[:200] or type(error).__name__})"
+        return None if any(node["Alive"] for node in nodes) else "Ray's last node died"
+
+    def close(self) -> None:
+        """End our own Ray, or leave the cluster. Returns although Ray should hang."""
+        import ray
+
+        try:
+            within(30.0, ray.shutdown)
+        except Exception as error:
+            logger.warning("Ray did not end by itself: %s", error)
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """The result of a call that may hang. TimeoutError when it does; its thread is then left to itself."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return results[0]
+
+
+def _before_ray_is_imported() -> None:
+    """Ray and the processes it starts read these; whoever has set them keeps the last word."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its errors that matter become ours; others are advice to developers
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # tasks without a GPU keep CUDA_VISIBLE_DEVICES: a warning less
+    if "ray" not in sys.modules and "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
