@@ -1,9 +1,10 @@
 """A Ray to run on: the cluster that RAY_ADDRESS names, or one of our own that ends with this process.
 
-Whoever reaches Ray's ports can run programs, so our own listens on 127.0.0.1 alone, asks for a token (unless Ray was imported before, when it is too late), and has no dashboard. It is never looked for: a Ray that a
-killed process left behind, or that somebody else runs on this machine, is not touched.
+Whoever reaches Ray's ports can run programs, so our own listens on 127.0.0.1 alone, asks for a token, and has no dashboard. It is
+never looked for: a Ray that a killed process left behind, or that somebody else runs on this machine, is not touched.
 """
 
+import ipaddress
 import logging
 import os
 import secrets
@@ -44,6 +45,11 @@ class Cluster:
             cpus = max(MIN_CPUS, os.cpu_count() or 1, cpus)
             # "local" is always a new one; by default Ray would join what it finds on this machine
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            host = ray.util.get_node_ip_address()
+            if not ipaddress.ip_address(host).is_loopback:
+                logger.warning(
+                    "Ray listens on %s, because it was imported before; whoever reaches it can run programs here", host
+                )
         resources = ray.cluster_resources()
         self.cpus, self.gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
         logger.info("%s, %d CPUs, %d GPUs", "a Ray of our own" if self.own else f"Ray at {address}", self.cpus, self.gpus)
@@ -90,12 +96,19 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def _before_ray_is_imported() -> None:
-    """Ray and the processes it starts read these; whoever has set them keeps the last word."""
+    """Ray and the processes it starts read these; whoever has set them, or imported Ray before, keeps the last word."""
+    if "ray" in sys.modules:
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its errors that matter become ours; others are advice to developers
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # tasks without a GPU keep CUDA_VISIBLE_DEVICES: a warning less
-    if "ray" not in sys.modules and "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
+    if "RAY_ADDRESS" in os.environ:
+        return
+    # Ray takes 127.0.0.1 for "this machine" and listens where other machines reach it, unless it may have no cluster at all, as
+    # on macOS. The name of the variable is Ray's.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -44,8 +44,8 @@ NO_PROGRESS_S = 600.0
 LOOK_S = 5.0
 """Without records, how often the nodes are looked at, seconds."""
 CPUS_OF_A_MODEL = 2
-"""Of those that Ray counts, for a replica without a GPU. Other than a reader's, for Ray Data puts stages that ask for the same into
-one process, and then nothing is read while the model works."""
+"""Of those that Ray counts, for a replica without a GPU. Other than a reader's, for Ray Data puts stages that ask for the same
+into one process, and then nothing is read while the model works."""
 MIN_BLOCK_ROWS = 32
 """Inputs that travel together at least: each block costs Ray some ten milliseconds."""
 
