@@ -159,9 +159,7 @@ def _located(url: str) -> tuple["AbstractFileSystem", str]:
             return system, str(system._strip_protocol(first))
         system, path = url_to_fs(url)
         return system, str(path)
-    except ImportError as error:
-        raise ValueError(f"{url} cannot be read: {_one_line(error)}") from error
-    except ValueError as error:
+    except (ImportError, OSError, ValueError) as error:
         raise ValueError(f"{url} cannot be read: {_one_line(error)}") from error
 
 

@@ -44,7 +44,10 @@ class Cluster:
         else:
             cpus = max(MIN_CPUS, os.cpu_count() or 1, cpus)
             # "local" is always a new one; by default Ray would join what it finds on this machine
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            try:
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            except Exception as error:  # a plain Exception, where the machine is too busy for it to start in time
+                raise ValueError(f"Ray could not be started: {' '.join(str(error).split())[:300]}") from error
             host = ray.util.get_node_ip_address()
             if not ipaddress.ip_address(host).is_loopback:
                 logger.warning(

@@ -1,6 +1,7 @@
-"""Inputs at URLs: the files of a folder give the same outputs, wherever they lie; and nothing is fetched that nobody asked for."""
+"""Inputs at URLs: files give the same outputs wherever they lie, and nothing is fetched that nobody asked for."""
 
 import http.server
+import importlib
 import json
 import threading
 import zipfile
@@ -8,7 +9,7 @@ from functools import partial
 
 import fsspec
 import pytest
-from job_pictures import contents, draw, ledger
+from job_pictures import contents, ledger
 
 from clipdit.fake_backend import FakeBackend
 from clipdit.images import ImageError, decode_image
@@ -115,7 +116,7 @@ class TestManifest:
             ValueError, match=r"list.csv, line 2: the URL memory://bucket/in/00.png .* --allow-url memory://bucket/in/"
         ):
             run_job(translator, manifest, tmp_path / "out")
-        with pytest.raises(ValueError, match="line 3: the URL http://127.0.0.1"):
+        with pytest.raises(ValueError, match=r"line 3: the URL http://127\.0\.0\.1"):
             run_job(translator, manifest, tmp_path / "out", allow_urls=["memory://bucket/"])
         assert asked == [] and not (tmp_path / "out").exists()
         summary = run_job(translator, manifest, tmp_path / "out", allow_urls=["memory://bucket", address])
@@ -148,7 +149,6 @@ class TestManifest:
         ("url", "allowed"),
         [
             ("s3://bucket/in/a.png", True),
-            ("s3://bucket/in", True),
             ("s3://bucket/inner/a.png", False),
             ("s3://bucket/in/../out/a.png", False),
             ("s3://bucket/in/%2e%2e/a.png", False),
@@ -188,9 +188,8 @@ def test_what_cannot_be_read_is_one_line(translator, tmp_path, url, message):
 
 
 def test_a_package_that_is_missing_is_named(translator, tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        fsspec.registry.known_implementations, "lake", {"class": "no_such_package.Lake", "err": "Install lakefs to read it"}
-    )
+    known = {"class": "no_such_package.Lake", "err": "Install lakefs to read it"}
+    monkeypatch.setitem(importlib.import_module("fsspec.registry").known_implementations, "lake", known)
     with pytest.raises(ValueError, match=r"^lake://bucket/in cannot be read: Install lakefs to read it$"):
         run_job(translator, "lake://bucket/in", tmp_path / "out")
 
