@@ -5,6 +5,7 @@ import json as json_module
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,7 +15,7 @@ import tyro
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from clipdit.offline import JobSettings, Progress
+    from clipdit.offline import Engine, JobSettings, Progress
     from clipdit.translator import Size, Translator
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ def translate(
     format: Literal["png", "webp", "jpeg"] | None = None,
     keep_suffix: bool = False,
     resume: bool = False,
+    engine: str = "local",
+    replicas: int | None = None,
+    allow_url: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     json: bool = False,
 ) -> int:
     """Translate an image, a folder of images or a manifest.
@@ -51,7 +55,8 @@ def translate(
 
     Args:
         input: an image file, a folder, a manifest (.csv or .jsonl with a column source and optionally output, seed, id; .txt
-            with one source a line), or - for an image on standard input.
+            with one source a line), a URL of one of these that fsspec reads, such as s3://bucket/in or zip://::in.zip, or - for
+            an image on standard input.
         output: an image file for an image, - for standard output; otherwise the folder for the outputs.
         model: checkpoint or bundle; the built-in one if not given.
         backend: how to run it; the best one that can run here if not given.
@@ -67,20 +72,38 @@ def translate(
         format: of the outputs whose name does not say it; png if not given.
         keep_suffix: name outputs a.jpg.png and not a.png, for folders in which a.jpg and a.png are different images.
         resume: go on with the job in OUTPUT. Finished images are kept if they are intact.
+        engine: of a folder or manifest: local, this process; ray, Ray Data on this machine or on the cluster that RAY_ADDRESS
+            names, whose nodes must share the file systems of OUTPUT and of local inputs. The outputs are the same.
+        replicas: models that run at once, with --engine ray; one for each GPU if not given, else one.
+        allow_url: start of URLs that a manifest may name, such as s3://bucket/; may be given several times.
         json: print the summary as JSON.
     """
-    from clipdit.offline import JobSettings
-    from clipdit.offline.plan import MANIFEST_SUFFIXES
+    from clipdit.offline import JobSettings, sources
+    from clipdit.offline.engine import engine_class
+    from clipdit.offline.job import is_manifest
     from clipdit.translator import Translator
 
-    many = input != "-" and (Path(input).is_dir() or Path(input).suffix.lower() in MANIFEST_SUFFIXES)
+    input = sources.local_path(input)
+    if sources.is_url(output):
+        raise ValueError(
+            f"the output is {output}; wanted a path: object stores cannot add a line to a ledger. Upload the folder after"
+        )
+    if sources.is_url(input):
+        sources.check_url(input)
+        many = is_manifest(input) or sources.is_folder(input)
+    else:
+        many = input != "-" and (Path(input).is_dir() or is_manifest(input))
+    if engine != "local" and not many:
+        raise ValueError(f"--engine {engine} is for folders and manifests; {input} is a single image")
+    if engine == "local" and replicas is not None:
+        raise ValueError("--replicas is for --engine ray; the local engine runs one model")
     if not many and resume:
         raise ValueError(f"--resume is for folders and manifests; {input} is a single image")
     if many and output == "-":
         raise ValueError(f"{input} is many images; standard output takes one. Give a folder for the outputs")
     if output == "-" and json:
         raise ValueError("standard output cannot take both the image and the JSON; leave one out")
-    if input != "-" and not Path(input).exists():
+    if input != "-" and not sources.is_url(input) and not Path(input).exists():
         raise ValueError(f"{input} does not exist; wanted an image, a folder or a manifest (or - for standard input)")
     settings = JobSettings(
         seed=seed,
@@ -92,19 +115,23 @@ def translate(
         guidance=guidance,
         solver=solver,
     )
+    if engine != "local":
+        with engine_class(engine)(model, backend=backend, device=device, replicas=replicas) as opened:
+            return _translate_many(opened, input, Path(output), settings, batch_size, resume, allow_url, json)
     with Translator.open(model, backend=backend, device=device) as translator:
         if many:
-            return _translate_many(translator, Path(input), Path(output), settings, batch_size, resume, json)
+            return _translate_many(translator, input, Path(output), settings, batch_size, resume, allow_url, json)
         return _translate_one(translator, input, output, settings, json)
 
 
 def _translate_many(
-    translator: "Translator",
-    source: Path,
+    translator: "Translator | Engine",
+    source: str,
     output: Path,
     settings: "JobSettings",
     batch_size: int | None,
     resume: bool,
+    allow_urls: Sequence[str],
     json: bool,
 ) -> int:
     from tqdm.contrib.logging import logging_redirect_tqdm
@@ -116,7 +143,14 @@ def _translate_many(
     with contextlib.closing(display), logging_redirect_tqdm() if sys.stderr.isatty() else contextlib.nullcontext():
         try:
             summary = run_job(
-                translator, source, output, settings, batch_size=batch_size, resume=resume, on_progress=display.show
+                translator,
+                source,
+                output,
+                settings,
+                batch_size=batch_size,
+                resume=resume,
+                allow_urls=allow_urls,
+                on_progress=display.show,
             )
         except KeyboardInterrupt:
             logger.warning("interrupted; go on with the same command and --resume")
@@ -136,15 +170,23 @@ def _translate_many(
 def _translate_one(translator: "Translator", source: str, output: str, settings: "JobSettings", json: bool) -> int:
     from clipdit.cli import DONE
     from clipdit.images import encode_image, read_image, write_image
+    from clipdit.offline import sources
 
     start_s = time.perf_counter()
     path = None if output == "-" else Path(output)
     if path is not None and (path.is_dir() or not path.suffix):
         path = path / f"{Path(source).stem if source != '-' else 'output'}.{settings.format}"
-    if path is not None and source != "-" and path.exists() and path.samefile(source):
-        raise ValueError(f"the output {path} is the input; choose another name")
+    data: bytes | Path
+    if source == "-":
+        data = sys.stdin.buffer.read()
+    elif sources.is_url(source):
+        data = sources.fetch(source)
+    else:
+        data = Path(source)
+        if path is not None and path.exists() and path.samefile(source):
+            raise ValueError(f"the output {path} is the input; choose another name")
     result = translator.translate_image(
-        read_image(sys.stdin.buffer.read() if source == "-" else Path(source)),
+        read_image(data),
         seed=settings.seed,
         size=settings.size,
         how=settings.fit,

@@ -12,9 +12,9 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from filelock import FileLock, Timeout
 
@@ -30,7 +30,7 @@ class Record:
 
     id: str
     input: str
-    """Path of the source file."""
+    """Path or URL of the source file."""
     output: str | None
     """Path relative to the output folder; None when quarantined."""
     status: Literal["written", "quarantined"]
@@ -52,6 +52,7 @@ class JobFolder:
         self.path = path
         self.work = path / WORK_FOLDER
         self._job, self._plan, self._ledger = path / "job.json", path / "plan.jsonl", path / "ledger.jsonl"
+        self._progress = path / "progress.json"
 
     @property
     def exists(self) -> bool:
@@ -70,11 +71,15 @@ class JobFolder:
         except Timeout:
             raise ValueError(f"another process is writing to {self.path}; wait for it, or choose another output folder") from None
         try:
-            for left in self.work.glob("*.part"):
-                left.unlink()
+            self.clear_leftovers()
             yield
         finally:
             lock.release()
+
+    def clear_leftovers(self) -> None:
+        """Remove what killed processes left incomplete. A process that still writes such a file fails and leaves no output."""
+        for left in self.work.glob("*.part"):
+            left.unlink(missing_ok=True)
 
     def read_job(self) -> dict:
         """The settings of the job. ValueError when there is no job here, or one that cannot be read."""
@@ -92,35 +97,36 @@ class JobFolder:
         """Replace job.json. Written after the plan, so that a folder with a job.json has a whole plan."""
         self.write_file(self._job, json.dumps({"format": FORMAT} | job, indent=2).encode(), durable=True)
 
-    def read_plan(self) -> list[Item]:
-        """The planned inputs. ValueError when the file is missing or damaged."""
+    def read_plan(self) -> Iterator[Item]:
+        """The planned inputs, one by one. ValueError when the file is missing or damaged."""
         try:
             with self._plan.open(encoding="ascii") as stream:
-                return [Item(**json.loads(line)) for line in stream]
+                for line in stream:
+                    yield Item(**json.loads(line))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{self._plan} cannot be read: {error}. Start again in another output folder") from error
 
     def write_plan(self, items: Iterable[Item]) -> None:
         """Replace plan.jsonl."""
-        self.write_file(self._plan, "".join(_line(asdict(item)) for item in items).encode(), durable=True)
+        self._replace(self._plan, (to_line(item) for item in items))
 
-    def read_ledger(self) -> tuple[list[Record], int]:
-        """(records, position in bytes of the first line that cannot be read, else the length of the file).
+    def read_ledger(self) -> Iterator[tuple[Record, int]]:
+        """(record, position in bytes of its line's end), one by one, up to the first line that cannot be read.
 
         A kill or a full disk can leave a last line cut short."""
-        records, position = [], 0
-        if self._ledger.exists():
-            with self._ledger.open("rb") as stream:
-                for line in stream:
-                    try:
-                        record = Record(**json.loads(line))
-                    except (ValueError, TypeError):
-                        break
-                    if not line.endswith(b"\n"):
-                        break
-                    records.append(record)
-                    position += len(line)
-        return records, position
+        if not self._ledger.exists():
+            return
+        position = 0
+        with self._ledger.open("rb") as stream:
+            for line in stream:
+                try:
+                    record = Record(**json.loads(line))
+                except (ValueError, TypeError):
+                    return
+                if not line.endswith(b"\n"):
+                    return
+                position += len(line)
+                yield record, position
 
     @property
     def ledger_bytes(self) -> int:
@@ -129,11 +135,11 @@ class JobFolder:
 
     def write_ledger(self, records: Iterable[Record]) -> None:
         """Replace the ledger: at a resume, without the lines of what is to be done again."""
-        self.write_file(self._ledger, "".join(_line(asdict(record)) for record in records).encode(), durable=True)
+        self._replace(self._ledger, (to_line(record) for record in records))
 
     def append(self, records: Iterable[Record]) -> None:
         """Add lines to the ledger and bring them to the disk; all of them or, if there is no space, none."""
-        data = "".join(_line(asdict(record)) for record in records).encode()
+        data = "".join(map(to_line, records)).encode()
         with self._ledger.open("ab", buffering=0) as stream:
             before = stream.tell()
             try:
@@ -145,22 +151,37 @@ class JobFolder:
                 stream.truncate(before)
                 raise
 
+    def write_progress(self, report: dict) -> None:
+        """Replace progress.json."""
+        self.write_file(self._progress, json.dumps(report, indent=2).encode())
+
     def write_file(self, path: Path, data: bytes, *, durable: bool = False) -> str:
         """Write `data` and return its SHA-256. Whoever looks at `path` sees what was there before or all of it.
 
         durable: also after a power cut. The temporary file is in the work folder, not beside `path`: there one glob finds what a
         kill left behind."""
+        with self._temporary(path, durable) as stream:
+            stream.write(data)
+        return hashlib.sha256(data).hexdigest()
+
+    def _replace(self, path: Path, lines: Iterable[str]) -> None:
+        """`write_file` of lines that need not be in memory together, durable."""
+        with self._temporary(path, durable=True) as stream:
+            for line in lines:
+                stream.write(line.encode())
+
+    @contextmanager
+    def _temporary(self, path: Path, durable: bool) -> Iterator[BinaryIO]:
         temporary = self.work / f"{secrets.token_hex(8)}.part"
         try:
             with temporary.open("wb") as stream:
-                stream.write(data)
+                yield stream
                 if durable:
                     stream.flush()
                     os.fsync(stream.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        return hashlib.sha256(data).hexdigest()
 
     def is_intact(self, record: Record) -> bool:
         """Whether the file of a written record is there, with the hash that the ledger has."""
@@ -182,5 +203,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def _line(row: dict) -> str:
-    return json.dumps(row) + "\n"  # ASCII: names that are no valid UTF-8 travel as escapes
+def to_line(row: Item | Record) -> str:
+    """A line of plan.jsonl or ledger.jsonl. ASCII: names that are no valid UTF-8 travel as escapes."""
+    return json.dumps({field.name: getattr(row, field.name) for field in fields(row)}) + "\n"

@@ -2,20 +2,26 @@
 
 import logging
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clipdit.images import WRITE_FORMATS, Fit
+from clipdit.offline import sources
+from clipdit.offline.engine import Engine, Model
 from clipdit.offline.folder import JobFolder, Record
-from clipdit.offline.plan import MANIFEST_SUFFIXES, WORK_FOLDER, Plan, check, plan_folder, plan_manifest
-from clipdit.offline.run import Progress, Run
+from clipdit.offline.plan import MANIFEST_SUFFIXES, WORK_FOLDER, Item, Plan, check, plan_folder, plan_manifest, plan_url
+from clipdit.offline.progress import Progress, State, Tally
+from clipdit.offline.run import LocalEngine
+from clipdit.offline.steps import Work
 from clipdit.translator import Sampling, Size, Translator
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 BATCH_SIZE = {"cuda": 32}
 """Images in one call when nobody says otherwise, by device; elsewhere 8."""
@@ -75,25 +81,28 @@ class Summary:
 
 
 def run_job(
-    translator: Translator,
-    source: Path,
+    translator: Translator | Engine,
+    source: Path | str,
     output: Path,
     settings: JobSettings | None = None,
     *,
     batch_size: int | None = None,
     resume: bool = False,
     workers: int | None = None,
+    allow_urls: Sequence[str] = (),
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
     """Translate a folder or a manifest of images into an output folder.
 
     Args:
-        source: the input folder, or a manifest; see `plan_folder` and `plan_manifest`.
+        translator: or another engine, which has its own.
+        source: the input folder, or a manifest, by path or as str by URL; see `plan_folder`, `plan_url` and `plan_manifest`.
         output: the output folder; it must be new or empty, or hold this very job and `resume` be true.
         batch_size: images in one call; None is 32 on CUDA and 8 elsewhere, or less if the backend takes less.
         resume: go on with the job in `output`, if there is one. Intact outputs stay; inputs that are quarantined, new in the
             folder, or whose output is gone or altered are done.
         workers: threads that read and write; None is one a core, at most 8.
+        allow_urls: prefixes of the URLs that a manifest may name.
         on_progress: called by this thread before the first image and after every batch.
 
     Raises:
@@ -101,72 +110,103 @@ def run_job(
             impossible (then a resume goes on).
     """
     settings = settings or JobSettings()
-    limits = translator.backend.limits
-    default = BATCH_SIZE.get(limits.device.type, 8)
-    batch_size = min(default, limits.max_batch or default) if batch_size is None else batch_size
-    if batch_size < 1 or (limits.max_batch is not None and batch_size > limits.max_batch):
-        raise ValueError(f"batch size is {batch_size}; this backend takes 1 to {limits.max_batch or 'any number'}")
-    if isinstance(settings.size, tuple):
-        limits.check_images((1, 3, *settings.size))
-    identity = _identity(translator, source, settings)
-    planner = plan_manifest if source.suffix.lower() in MANIFEST_SUFFIXES and not source.is_dir() else plan_folder
+    engine = LocalEngine(translator) if isinstance(translator, Translator) else translator
+    source = sources.local_path(str(source))
     folder = JobFolder(output)
     _check_output(folder, resume)
-    plan = planner(source, output, seed=settings.seed, suffix=f".{settings.format}", keep_suffix=settings.keep_suffix)
+    plan = _plan(source, output, settings, allow_urls)
+    model = engine.describe(settings.sampling)
+    batch_size = _batch_size(model, settings, batch_size)
+    identity = _identity(model, source, settings)
     with folder.open():
         _check_output(folder, resume)  # again, now that no other process can change it
         workers = workers or min(8, os.cpu_count() or 1)
-        kept: list[Record] = []
+        done: set[str] = set()
         if folder.exists:
-            plan, kept = _resume(folder, identity, plan, workers)
+            plan, done = _resume(folder, identity, plan, workers)
         else:
             folder.write_plan(plan.items)
         folder.write_job({"settings": identity, "ignored": plan.ignored, "unreadable": plan.unreadable})
-        run = Run(
-            translator,
-            folder,
-            kept=len(kept),
-            total=len(plan.items),
+        kept = len(done)
+        tally = Tally(folder, engine=engine.name, total=len(plan.items), kept=kept, on_progress=on_progress)
+        work = Work(
+            folder=folder,
+            limits=model.limits,
             size=settings.size,
             fit=settings.fit,
             sampling=settings.sampling,
             batch_size=batch_size,
             workers=workers,
-            on_progress=on_progress,
         )
-        start_s = time.perf_counter()
-        done = {record.id for record in kept}
+        end: State = "failed"
         try:
-            run.run(item for item in plan.items if item.id not in done)
+            batch_size = engine.run((item for item in plan.items if item.id not in done), work, tally.add)
+            end = "done"
         except OSError as error:  # of writing: what cannot be read is quarantined
             raise ValueError(
-                f"{error.filename2 or error.filename or output}: {error.strerror or error}; {run.finished} of {len(plan.items)} "
+                f"{error.filename2 or error.filename or output}: {error.strerror or error}; {tally.finished} of {tally.total} "
                 "inputs are finished. Mend that, then go on with --resume"
             ) from error
+        except KeyboardInterrupt:
+            end = "interrupted"
+            raise
+        finally:
+            folder.clear_leftovers()  # of an engine's processes that were killed
+            tally.end(end)
     return Summary(
-        total=len(plan.items),
-        written=run.finished - run.quarantined - len(kept),
-        kept=len(kept),
-        quarantined=run.quarantined,
+        total=tally.total,
+        written=tally.finished - tally.quarantined - kept,
+        kept=kept,
+        quarantined=tally.quarantined,
         ignored=len(plan.ignored),
         unreadable=len(plan.unreadable),
-        seconds=time.perf_counter() - start_s,
-        batch_size=run.batch_size,
+        seconds=tally.seconds,
+        batch_size=batch_size,
     )
 
 
-def _identity(translator: Translator, source: Path, settings: JobSettings) -> dict[str, Any]:
-    """Everything the outputs depend on, as job.json has it."""
-    limits = translator.backend.limits
-    sampling = translator.settings(**settings.sampling)
+def _batch_size(model: Model, settings: JobSettings, wanted: int | None) -> int:
+    """Images in one call. ValueError when the backend does not take so many, or not their size."""
+    limits = model.limits
+    default = BATCH_SIZE.get(limits.device.type, 8)
+    batch_size = min(default, limits.max_batch or default) if wanted is None else wanted
+    if batch_size < 1 or (limits.max_batch is not None and batch_size > limits.max_batch):
+        raise ValueError(f"batch size is {batch_size}; this backend takes 1 to {limits.max_batch or 'any number'}")
+    if isinstance(settings.size, tuple):
+        limits.check_images((1, 3, *settings.size))
+    return batch_size
+
+
+def _plan(source: str, output: Path, settings: JobSettings, allow_urls: Sequence[str]) -> Plan:
+    options = {"seed": settings.seed, "suffix": f".{settings.format}", "keep_suffix": settings.keep_suffix}
+    if sources.is_url(source):
+        sources.check_url(source)
+        if is_manifest(source):
+            return plan_manifest(source, output, allow_urls=allow_urls, **options)
+        return plan_url(source, output, **options)
+    if is_manifest(source):
+        return plan_manifest(Path(source), output, allow_urls=allow_urls, **options)
+    return plan_folder(Path(source), output, **options)
+
+
+def is_manifest(source: str) -> bool:
+    """Whether an input is a list of images, by its name."""
+    if sources.is_url(source):
+        return source.split("::")[0].lower().endswith(MANIFEST_SUFFIXES)
+    return source.lower().endswith(MANIFEST_SUFFIXES) and not os.path.isdir(source)
+
+
+def _identity(model: Model, source: str, settings: JobSettings) -> dict[str, Any]:
+    """Everything the outputs depend on, as job.json has it. The engine is not of it: one goes on where another was stopped."""
+    limits = model.limits
     size = settings.size or limits.native_size
     return {
-        "input": str(source.resolve()),
-        "model": translator.backend.fingerprint,
-        "backend": translator.backend.name,
+        "input": source if sources.is_url(source) else str(Path(source).resolve()),
+        "model": model.fingerprint,
+        "backend": model.backend,
         "dtype": str(limits.dtype).removeprefix("torch."),
         **asdict(settings),
-        **asdict(sampling),
+        **asdict(model.sampling),
         "size": list(size) if isinstance(size, tuple) else size,
     }
 
@@ -181,41 +221,64 @@ def _check_output(folder: JobFolder, resume: bool) -> None:
         raise ValueError(f"{folder.path} is not empty and holds no job of clipdit. Choose another output folder")
 
 
-def _resume(folder: JobFolder, identity: dict[str, Any], now: Plan, workers: int) -> tuple[Plan, list[Record]]:
-    """The plan with what is new in the input, and the records that need not be done again; the ledger is left with just these."""
+def _resume(folder: JobFolder, identity: dict[str, Any], now: Plan, workers: int) -> tuple[Plan, set[str]]:
+    """The plan with what is new in the input, and the ids that need not be done again; the ledger is left with just their
+    records. Of the million inputs that a job may have, the plan is in memory once, and the records are not."""
     for name, before in folder.read_job()["settings"].items():
         if identity.get(name) != before:
             raise ValueError(
                 f"{folder.path} holds a job with {name} = {before}; now it is {identity.get(name)}. "
                 "Use the same, or another output folder"
             )
-    planned = {item.id: item for item in folder.read_plan()}
-    fresh = [item for item in now.items if item.id not in planned]
-    for item in now.items:
-        before = planned.get(item.id, item)
+    found = {item.id: item for item in now.items}
+    now.items.clear()  # `found` holds them
+    items: list[Item] = []
+    for before in folder.read_plan():
+        item = found.pop(before.id, before)
         for name in ("output", "seed"):
             if getattr(item, name) != getattr(before, name):
                 raise ValueError(
                     f"{folder.path} holds a job in which {item.id} has {name} {getattr(before, name)}; now it is "
                     f"{getattr(item, name)}. Use another output folder"
                 )
-    plan = Plan(items=[*planned.values(), *fresh], ignored=now.ignored, unreadable=now.unreadable)
+        items.append(item if item == before else before)
+    fresh = list(found.values())
+    del found
+    plan = Plan(items=[*items, *fresh], ignored=now.ignored, unreadable=now.unreadable)
     if fresh:
         check(plan, folder.path)
         folder.write_plan(plan.items)
+    return plan, _finished(folder, plan, workers)
 
-    records, readable = folder.read_ledger()
-    written = {record.id: record for record in records if record.id in planned and record.output == planned[record.id].output}
+
+def _finished(folder: JobFolder, plan: Plan, workers: int) -> set[str]:
+    """Ids whose record says "written" and whose output is intact. Other records leave the ledger."""
+    planned = {item.id: item for item in plan.items}
+    done: set[str] = set()
+    written = readable = 0
+
+    def is_finished(record: Record) -> bool:
+        item = planned.get(record.id)
+        return record.status == "written" and item is not None and record.output == item.output and folder.is_intact(record)
+
+    keep = bytearray()
     with ThreadPoolExecutor(workers) as pool:
-        intact = pool.map(folder.is_intact, written.values())
-        kept = [record for record, whole in zip(written.values(), intact, strict=True) if whole]
-    if readable < folder.ledger_bytes or kept != records:
-        folder.write_ledger(kept)
-    logger.info(
-        "going on with %s: %d of %d inputs are done%s",
-        folder.path,
-        len(kept),
-        len(plan.items),
-        f", {len(written) - len(kept)} outputs are gone or altered and are made again" if len(kept) < len(written) else "",
-    )
-    return plan, kept
+        for chunk in _batched(folder.read_ledger(), 4096):
+            records, ends = zip(*chunk, strict=True)
+            readable = ends[-1]
+            for record, whole in zip(records, pool.map(is_finished, records, chunksize=64), strict=True):
+                written += record.status == "written"
+                keep.append(whole and record.id not in done)
+                if keep[-1]:
+                    done.add(planned[record.id].id)  # the plan's own string: the record's is a copy
+    if readable < folder.ledger_bytes or not all(keep):
+        folder.write_ledger(record for (record, _), kept in zip(folder.read_ledger(), keep, strict=True) if kept)
+    altered = f", {written - len(done)} outputs are gone or altered and are made again" if len(done) < written else ""
+    logger.info("going on with %s: %d of %d inputs are done%s", folder.path, len(done), len(plan.items), altered)
+    return done
+
+
+def _batched(things: Iterable[T], count: int) -> Iterator[list[T]]:
+    iterator = iter(things)
+    while chunk := list(islice(iterator, count)):
+        yield chunk

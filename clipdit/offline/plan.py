@@ -9,12 +9,14 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from clipdit.decoding import FOREIGN_SUFFIXES, IMAGE_SUFFIXES
 from clipdit.images import WRITE_FORMATS, looks_like_image
+from clipdit.offline import sources
 
 MANIFEST_SUFFIXES = (".csv", ".jsonl", ".txt")
 
@@ -35,7 +37,7 @@ class Item:
     id: str
     """Unique in the job: the path relative to the input folder, or what the manifest calls it."""
     source: str
-    """Absolute path of the image file."""
+    """Absolute path of the image file, or its URL."""
     output: str
     """Where the result goes, relative to the output folder, parts separated by "/". Its suffix is the format."""
     seed: int
@@ -92,17 +94,46 @@ def plan_folder(folder: Path, output: Path, *, seed: int = 0, suffix: str = ".pn
     return check(Plan(items=items, ignored=ignored, unreadable=unreadable), output)
 
 
-def plan_manifest(manifest: Path, output: Path, *, seed: int = 0, suffix: str = ".png", keep_suffix: bool = False) -> Plan:
-    """The images that a manifest lists, in its order.
+def plan_url(url: str, output: Path, *, seed: int = 0, suffix: str = ".png", keep_suffix: bool = False) -> Plan:
+    """All images below a URL, as `plan_folder`; an input is what is named like an image, for a look at its first bytes would cost
+    a request each. Ids, and so seeds, are those of the same files in a folder. ValueError too when the URL cannot be listed."""
+    items, ignored = [], []
+    for id, source in sources.find(url):
+        path = PurePosixPath(id)
+        if any(part.startswith(".") and part != ".." for part in path.parts):
+            continue
+        if ".." in path.parts or "\0" in id or "::" in id or not id:  # names in archives are whatever somebody wrote there
+            ignored.append(f"{id}: a name that leaves the folder, or cannot be part of a URL")
+        elif path.suffix.lower() in IMAGE_SUFFIXES | FOREIGN_SUFFIXES:
+            items.append(Item(id=id, source=source, output=_output_name(id, suffix, keep_suffix), seed=item_seed(seed, id)))
+        else:
+            ignored.append(f"{id}: not an image by its name")
+    if not items:
+        others = f"; what is there is passed over, such as {ignored[0]}" if ignored else ""
+        raise ValueError(f"there are no images below {url}{others}")
+    return check(Plan(items=items, ignored=ignored), output)
+
+
+def plan_manifest(
+    manifest: Path | str,
+    output: Path,
+    *,
+    seed: int = 0,
+    suffix: str = ".png",
+    keep_suffix: bool = False,
+    allow_urls: Sequence[str] = (),
+) -> Plan:
+    """The images that a manifest lists, in its order. It is a file or, as str, may be a URL.
 
     .csv with a header, or .jsonl, with the columns `source` and optionally `output` (a path inside the output folder), `seed`,
     `id` (default: the source as written); .txt has one source a line. Sources are relative to the manifest's folder. Without
-    `output` a source keeps its relative path, one from outside that folder its name. Other arguments as `plan_folder`'s.
+    `output` a source keeps its relative path, one from outside that folder its name. A source may be a URL below one of
+    `allow_urls`, or below the folder of a manifest that is at a URL. Other arguments as `plan_folder`'s.
 
     Raises:
         ValueError: a row that cannot be understood, an id twice, two rows with one output; the line tells the row.
     """
-    base = manifest.absolute().parent
+    locate = _locator(manifest, allow_urls)
     items = []
     for line, row in _rows(manifest):
         where = f"{manifest}, line {line}"
@@ -115,7 +146,7 @@ def plan_manifest(manifest: Path, output: Path, *, seed: int = 0, suffix: str = 
         items.append(
             Item(
                 id=id,
-                source=os.path.normpath(base / source),
+                source=locate(where, source),
                 output=_manifest_output(where, row.get("output"), source, suffix, keep_suffix),
                 seed=_manifest_seed(where, row.get("seed"), item_seed(seed, id)),
             )
@@ -123,6 +154,29 @@ def plan_manifest(manifest: Path, output: Path, *, seed: int = 0, suffix: str = 
     if not items:
         raise ValueError(f"{manifest} lists no images")
     return check(Plan(items=items), output)
+
+
+def _locator(manifest: Path | str, allow_urls: Sequence[str]) -> Callable[[str, str], str]:
+    """What makes an absolute path or a URL of a source in a manifest: (where, source) -> source. ValueError for a URL that may
+    not be read."""
+    base = str(manifest) if sources.is_url(str(manifest)) else None
+    folder = os.path.abspath(os.path.dirname(manifest)) if base is None else sources.parent(base)
+
+    def locate(where: str, source: str) -> str:
+        source = source if base is not None else sources.local_path(source)
+        if not sources.is_url(source):
+            if base is None:
+                return os.path.normpath(os.path.join(folder, source))
+            if source.startswith("/") or ".." in PurePosixPath(source).parts:
+                raise ValueError(f"{where}: {source} is outside the folder of the manifest, which is at a URL; give its URL")
+            return sources.join(folder, source)
+        sources.check_url(source)
+        if not sources.is_allowed(source, allow_urls) or (base is not None and not sources.is_url(source.split("::")[-1])):
+            start = sources.parent(source.split("::")[-1]) + "/"
+            raise ValueError(f"{where}: the URL {source} is read only if it is allowed: add --allow-url {start}")
+        return source
+
+    return locate
 
 
 def check(plan: Plan, output: Path) -> Plan:
@@ -148,12 +202,19 @@ def check(plan: Plan, output: Path) -> Plan:
     if both := folders & outputs.keys():
         name = min(both)
         raise ValueError(f"{outputs[name]} would be written to {name}, which is a folder of other outputs. Rename one")
-    real = functools.cache(os.path.realpath)  # of folders, few; a realpath of every file would ask the disk for each
-    sources = {(real(os.path.dirname(item.source)), os.path.basename(item.source)) for item in plan.items}
-    for item in plan.items:
-        path = os.path.join(output, item.output)
-        if (real(os.path.dirname(path)), os.path.basename(path)) in sources:
-            raise ValueError(f"the output of {item.id} would replace the input {path}. Choose another output folder")
+    # A realpath of every file would ask the disk for each, so of folders, which are few; names are compared in those alone in
+    # which there are both inputs and outputs.
+    real = functools.cache(os.path.realpath)
+    inputs = {real(os.path.dirname(item.source)) for item in plan.items if not sources.is_url(item.source)}
+    shared = inputs & {real(os.path.join(output, os.path.dirname(item.output))) for item in plan.items}
+    if shared:
+        paths = {
+            (real(os.path.dirname(i.source)), os.path.basename(i.source)) for i in plan.items if not sources.is_url(i.source)
+        }
+        for item in plan.items:
+            path = os.path.join(output, item.output)
+            if (real(os.path.dirname(path)), os.path.basename(path)) in paths:
+                raise ValueError(f"the output of {item.id} would replace the input {path}. Choose another output folder")
     return plan
 
 
@@ -180,12 +241,12 @@ def _output_name(id: str, suffix: str, keep_suffix: bool) -> str:
     return f"{path}{suffix}"
 
 
-def _rows(manifest: Path) -> Iterable[tuple[int, dict]]:
+def _rows(manifest: Path | str) -> Iterable[tuple[int, dict]]:
     """(line number, columns) of each row."""
-    line = 0
+    line, kind = 0, PurePosixPath(str(manifest).split("::")[0]).suffix.lower()
     try:
-        with manifest.open(encoding="utf-8-sig", newline="") as stream:
-            if manifest.suffix.lower() == ".csv":
+        with _opened(manifest) as stream:
+            if kind == ".csv":
                 reader = csv.DictReader(stream, restkey="(more values than columns)", strict=True)
                 for row in reader:
                     yield reader.line_num, row
@@ -194,7 +255,7 @@ def _rows(manifest: Path) -> Iterable[tuple[int, dict]]:
                 text = text.rstrip("\r\n")
                 if not text.strip():
                     continue
-                row = json.loads(text) if manifest.suffix.lower() == ".jsonl" else {"source": text}
+                row = json.loads(text) if kind == ".jsonl" else {"source": text}
                 if not isinstance(row, dict):
                     raise ValueError(f"{manifest}, line {line}: not a JSON object")
                 yield line, row
@@ -206,8 +267,16 @@ def _rows(manifest: Path) -> Iterable[tuple[int, dict]]:
         raise ValueError(f"{manifest}: not a CSV file ({error})") from error
 
 
+def _opened(manifest: Path | str) -> IO[str]:
+    if sources.is_url(str(manifest)):
+        return sources.open_text(str(manifest))
+    return Path(manifest).open(encoding="utf-8-sig", newline="")
+
+
 def _manifest_output(where: str, output: object, source: str, suffix: str, keep_suffix: bool) -> str:
     if output is None or output == "":
+        if sources.is_url(source):
+            return _output_name(PurePosixPath(source.split("::")[0].split("?")[0]).name, suffix, keep_suffix)
         path = PurePosixPath(os.path.normpath(source))
         inside = not path.is_absolute() and ".." not in path.parts
         return _output_name(str(path) if inside else path.name, suffix, keep_suffix)

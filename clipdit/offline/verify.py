@@ -34,7 +34,8 @@ def verify_job(output: Path, *, workers: int = 4) -> Verdict:
     folder = JobFolder(output)
     folder.read_job()
     planned = {item.id: item for item in folder.read_plan()}
-    records, readable = folder.read_ledger()
+    lines = list(folder.read_ledger())
+    records, readable = [record for record, _ in lines], lines[-1][1] if lines else 0
     problems = []
     if readable < folder.ledger_bytes:
         problems.append(f"ledger.jsonl cannot be read after line {len(records)}")

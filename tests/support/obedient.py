@@ -3,7 +3,8 @@
     python obedient.py FOLDER serve --engine ray --backend fake ...
 
 FOLDER/delay holds seconds that each batch takes longer; while FOLDER/hold is there, batches wait. FOLDER/batches-PID has a line
-for each batch of a process: its number of images.
+for each batch of a process: its number of images. FOLDER/revision is the revision of a model that is opened; while FOLDER/broken is
+there, none can be.
 """
 
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 import clipdit.translator
+import clipdit_serve.opening
 from clipdit.fake_backend import FakeBackend
 
 VARIABLE = "CLIPDIT_TEST_FOLDER"
@@ -28,9 +30,13 @@ class Obedient(clipdit.translator.Translator):
         self._folder = Path(os.environ[VARIABLE])
         self._batches = self._folder / f"batches-{os.getpid()}"
         self._batches.touch()
+        if (revision := self._folder / "revision").exists():
+            self.backend.fingerprint = revision.read_text().ljust(64, "0")
 
     @classmethod
-    def open(cls, *words: object, **options: object) -> "Obedient":
+    def open(cls) -> "Obedient":
+        if (Path(os.environ[VARIABLE]) / "broken").exists():
+            raise ValueError("the model is broken")
         return cls()
 
     def __call__(self, source_u8: torch.Tensor, *, seeds: Sequence[int], **sampling) -> torch.Tensor:
@@ -50,5 +56,5 @@ if __name__ == "__main__":
     from clipdit import cli
 
     os.environ[VARIABLE] = sys.argv[1]
-    clipdit.translator.Translator = Importable
+    clipdit_serve.opening.opener = lambda *words, **options: Importable.open
     sys.exit(cli.main(sys.argv[2:]))

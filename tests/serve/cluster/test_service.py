@@ -141,6 +141,42 @@ async def test_kill_9_of_a_model_under_load_costs_nobody_an_answer_and_it_is_rep
     assert again_s < 60 and victim.pid not in {model.pid for model in service.models}
 
 
+async def test_sighup_under_load_reloads_every_model_without_an_error_and_a_broken_one_is_refused(service: RayService):
+    outcomes, stop = Outcomes(), asyncio.Event()
+    load = asyncio.create_task(keep_asking(service, outcomes, stop, 8, is_right))
+    async with service.client() as client:
+
+        async def revisions() -> set[str]:
+            asked = [client.post("/v1/translate?seed=1", content=png(numbered(1)), headers=PNG) for _ in range(20)]
+            return {answer.headers["x-clipdit-model"].partition("@")[2] for answer in await asyncio.gather(*asked)}
+
+        async def ended(result: str) -> int:
+            line = f'clipdit_reloads_total{{result="{result}"}} '
+            lines = (await client.get("/metrics")).text.splitlines()
+            return next(int(float(text.removeprefix(line))) for text in lines if text.startswith(line))
+
+        async def reload(result: str) -> None:
+            before = await ended(result)
+            service.process.send_signal(signal.SIGHUP)
+            async with asyncio.timeout(60):
+                while await ended(result) == before:
+                    await asyncio.sleep(0.1)
+
+        old = await revisions()
+        assert len(old) == 1
+        with service.order("revision", "abc"):
+            await reload("done")
+        assert await revisions() == {"abc000000000"}
+        with service.order("broken"):
+            await reload("refused")
+        assert await revisions() == {"abc000000000"}
+        await reload("done")
+        assert await revisions() == old
+    stop.set()
+    await load
+    assert set(outcomes.codes) == {(200, None)} and outcomes.broken == []
+
+
 async def test_readiness_ends_within_5_seconds_of_every_model_hanging_and_comes_back(service: RayService):
     async with service.client() as client:
         for _ in range(2):  # forget how long batches took in the tests before

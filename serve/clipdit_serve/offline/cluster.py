@@ -1,0 +1,117 @@
+"""A Ray to run on: the cluster that RAY_ADDRESS names, or one of our own that ends with this process.
+
+Whoever reaches Ray's ports can run programs, so our own listens on 127.0.0.1 alone, asks for a token, and has no dashboard. It is
+never looked for: a Ray that a killed process left behind, or that somebody else runs on this machine, is not touched.
+"""
+
+import ipaddress
+import logging
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+
+MIN_CPUS = 4
+"""Ray plans with whole CPUs. With two, a pipeline of readers, a model and writers can wait for itself for ever; so our own Ray is
+told of at least four, which are shares of what is there."""
+
+T = TypeVar("T")
+
+
+class Cluster:
+    """Connected until `close`.
+
+    Args:
+        cpus: what a Ray of our own has at least, as it counts.
+    """
+
+    def __init__(self, cpus: int):
+        _before_ray_is_imported()
+        import ray
+
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        address = os.environ.get("RAY_ADDRESS")
+        self.own = address is None
+        if address is not None:
+            try:
+                ray.init(address=address, **quiet)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise ValueError(f"RAY_ADDRESS is {address}, where no Ray answers: {error}") from error
+        else:
+            cpus = max(MIN_CPUS, os.cpu_count() or 1, cpus)
+            # "local" is always a new one; by default Ray would join what it finds on this machine
+            try:
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            except Exception as error:  # a plain Exception, where the machine is too busy for it to start in time
+                raise ValueError(f"Ray could not be started: {' '.join(str(error).split())[:300]}") from error
+            host = ray.util.get_node_ip_address()
+            if not ipaddress.ip_address(host).is_loopback:
+                logger.warning(
+                    "Ray listens on %s, because it was imported before; whoever reaches it can run programs here", host
+                )
+        resources = ray.cluster_resources()
+        self.cpus, self.gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+        logger.info("%s, %d CPUs, %d GPUs", "a Ray of our own" if self.own else f"Ray at {address}", self.cpus, self.gpus)
+
+    def trouble(self) -> str | None:
+        """Why it cannot go on, if so."""
+        import ray
+
+        try:
+            nodes = within(10.0, ray.nodes)
+        except Exception as error:
+            return f"Ray does not answer ({' '.join(str(error).split())[:200] or type(error).__name__})"
+        return None if any(node["Alive"] for node in nodes) else "Ray's last node died"
+
+    def close(self) -> None:
+        """End our own Ray, or leave the cluster. Returns although Ray should hang."""
+        import ray
+
+        try:
+            within(30.0, ray.shutdown)
+        except Exception as error:
+            logger.warning("Ray did not end by itself: %s", error)
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """The result of a call that may hang. TimeoutError when it does; its thread is then left to itself."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return results[0]
+
+
+def _before_ray_is_imported() -> None:
+    """Ray and the processes it starts read these; whoever has set them, or imported Ray before, keeps the last word."""
+    if "ray" in sys.modules:
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its errors that matter become ours; others are advice to developers
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # tasks without a GPU keep CUDA_VISIBLE_DEVICES: a warning less
+    if "RAY_ADDRESS" in os.environ:
+        return
+    # Ray takes 127.0.0.1 for "this machine" and listens where other machines reach it, unless it may have no cluster at all, as
+    # on macOS. The name of the variable is Ray's.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

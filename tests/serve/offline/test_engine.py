@@ -1,0 +1,167 @@
+"""Jobs on Ray: what the local engine makes, from the same plan, into the same ledger, and resumed by either."""
+
+import dataclasses
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray_models
+from job_pictures import contents, draw, ledger
+from PIL import Image
+from ray_jobs import family, lines, named, start_ray_job, wait_for_lines, wait_until_gone
+
+from clipdit.cli import main
+from clipdit.fake_backend import FakeBackend
+from clipdit.offline import JobSettings, run_job, verify_job
+from clipdit.translator import Translator
+from clipdit_serve.offline.engine import RayEngine
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """Ray, started once, whose workers find the models of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(ray_models.__file__).parent))
+        engine = RayEngine(ray_models.open_small)
+        yield engine
+        engine.close()
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    for i in range(20):
+        draw(tmp_path / "in" / ["", "sub"][i % 2] / f"{i:02}.png", 20 + 7 * i, 100 - 3 * i, seed=i)
+    return tmp_path / "in"
+
+
+def rows(folder) -> dict[str, dict]:
+    """The ledger by id, without times."""
+    return {row["id"]: row | {"ms": 0} for row in ledger(folder)}
+
+
+def test_outputs_and_ledger_are_the_local_engines_to_the_last_byte_odd_files_and_halved_batches_included(
+    engine, odd_images, tmp_path
+):
+    settings = JobSettings(keep_suffix=True, seed=3)
+    on_ray = run_job(engine, odd_images.folder, tmp_path / "ray", settings, batch_size=8)
+    here = run_job(Translator(FakeBackend(native_size=(32, 32))), odd_images.folder, tmp_path / "local", settings)
+    assert dataclasses.replace(on_ray, seconds=0, batch_size=0) == dataclasses.replace(here, seconds=0, batch_size=0)
+    assert on_ray.batch_size <= 2 and on_ray.quarantined > 10 and on_ray.written > 20
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+    assert rows(tmp_path / "ray") == rows(tmp_path / "local")
+    assert verify_job(tmp_path / "ray").ok and [p.name for p in (tmp_path / "ray" / ".clipdit").iterdir()] == ["lock"]
+    progress = json.loads((tmp_path / "ray" / "progress.json").read_text())
+    assert (progress["engine"], progress["state"], progress["finished"]) == ("ray", "done", on_ray.total)
+
+
+def test_a_job_begun_with_one_engine_is_finished_by_the_other(engine, inputs, tmp_path):
+    local, out = Translator(FakeBackend(native_size=(32, 32))), tmp_path / "out"
+    run_job(local, inputs, tmp_path / "unbroken")
+    for first, second in ((local, engine), (engine, local)):
+        run_job(first, inputs, out, resume=True)
+        ledger_path = out / "ledger.jsonl"
+        kept = ledger_path.read_text().splitlines(keepends=True)[:12]
+        ledger_path.write_text("".join(kept) + '{"id": "cut sh')
+        (out / json.loads(kept[0])["output"]).unlink()
+        summary = run_job(second, inputs, out, resume=True)
+        assert (summary.kept, summary.written) == (11, 9)
+        assert contents(out) == contents(tmp_path / "unbroken") and rows(out) == rows(tmp_path / "unbroken")
+
+
+def test_listens_where_no_other_machine_reaches_it(engine):
+    engine.describe({})
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    found = {
+        c.laddr.ip.removeprefix("::ffff:")
+        for p in named(processes, "")
+        for c in p.net_connections("inet")
+        if c.status == "LISTEN"
+    }
+    assert found and found <= {"127.0.0.1", "::1"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["in", "out", "--engine", "spark"], "there is no engine spark; there are local, ray"),
+        (["in/00.png", "out.png", "--engine", "ray"], "--engine ray is for folders and manifests"),
+        (["in", "out", "--replicas", "2"], "--replicas is for --engine ray"),
+        (["in", "out", "--engine", "ray", "--replicas", "0"], "replicas is 0"),
+        (["in", "out", "--engine", "ray", "--device", "cuda:1"], "with --engine ray it is cpu or cuda"),
+        (["in", "in", "--engine", "ray"], "not empty"),
+    ],
+)
+def test_what_cannot_be_is_one_line_before_ray_is_started(inputs, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["translate", *words, "--backend", "fake"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_model_that_hangs_and_one_that_breaks_end_in_one_error_and_the_job_goes_on(inputs, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    for open_translator, error, message in (
+        (ray_models.open_hanging, ValueError, "no progress for 25 s.* --resume"),
+        (ray_models.open_broken, RuntimeError, "device-side assert"),
+    ):
+        monkeypatch.setenv("PYTHONPATH", str(Path(ray_models.__file__).parent))
+        engine = RayEngine(open_translator, no_progress_s=25)
+        try:
+            with pytest.raises(error, match=message):
+                run_job(engine, inputs, out, resume=True)
+        finally:
+            engine.close()
+        assert json.loads((out / "progress.json").read_text())["state"] == "failed"
+    assert run_job(Translator(FakeBackend(native_size=(32, 32))), inputs, out, resume=True).written == 20
+    assert verify_job(out).ok
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_killed_driver_workers_and_raylet_equal_an_unbroken_run(tmp_path):
+    """kill -9 at random moments; every process of the dead Ray ends by itself, and the next run does not wait for it."""
+    rng, source, out = random.Random(1), tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for i in range(3_000):
+        bad = i % 100 == 7
+        path = source / f"{i:05}.png"
+        path.write_bytes(rng.randbytes(40)) if bad else Image.frombytes("RGB", (8, 8), rng.randbytes(192)).save(path)
+    log, again = tmp_path / "log", []
+    process = start_ray_job(source, out, log=log)
+    for victim, count in (
+        ("ray::MapBatches", 100),
+        ("ray::MapWorker", 400),
+        ("driver", 800),
+        ("raylet", 1500),
+        ("gcs_server", 2200),
+    ):
+        wait_for_lines(out, count, process)
+        time.sleep(rng.uniform(0, 0.3))
+        relatives = family(process)
+        if victim.startswith("ray::"):
+            for worker in [w for w in named(relatives, "ray::") if w.name() != "raylet" and victim in "".join(w.cmdline())][:1]:
+                worker.kill()
+            continue
+        for target in [psutil.Process(process.pid)] if victim == "driver" else named(relatives, victim):
+            target.send_signal(signal.SIGKILL)
+        assert process.wait(200) != 0
+        done = lines(out)
+        again.append(sum(1 for _ in out.glob("*.png")) - done)  # in place, but not in the ledger; quarantined ones are in it
+        assert not verify_job(out).ok
+        assert wait_until_gone(relatives) == []
+        process = start_ray_job(source, out, log=log)
+    assert process.wait(300) == 0, log.read_text()[-2000:]
+    verdict = verify_job(out)
+    assert verdict.ok and (verdict.written, len(verdict.quarantined)) == (2_970, 30)
+    ids = [row["id"] for row in ledger(out)]
+    assert len(set(ids)) == len(ids) == 3_000
+    assert [p.name for p in (out / ".clipdit").iterdir()] == ["lock"] and not list(out.rglob("*.part"))
+    run_job(Translator(FakeBackend(native_size=(32, 32))), source, tmp_path / "unbroken")
+    assert contents(out) == contents(tmp_path / "unbroken") and rows(out) == rows(tmp_path / "unbroken")
+    assert max(again) <= 256, f"made but not in the ledger: {again}"
+    print("written but not in the ledger at each kill:", again)
