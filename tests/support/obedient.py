@@ -3,8 +3,8 @@
     python obedient.py FOLDER serve --engine ray --backend fake ...
 
 FOLDER/delay holds seconds that each batch takes longer; while FOLDER/hold is there, batches wait. FOLDER/batches-PID has a line
-for each batch of a process: its number of images. FOLDER/revision is the revision of a model that is opened; while FOLDER/broken is
-there, none can be.
+for each batch of a process: its number of images. FOLDER/revision is the revision of a model that is opened then; while
+FOLDER/broken is there, none can be.
 """
 
 import os
