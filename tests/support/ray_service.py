@@ -1,6 +1,7 @@
 """A `clipdit serve --engine ray` to test: its processes, its model's orders, and a client that counts what comes back."""
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -127,7 +128,11 @@ class RayService:
         return self._log.read()
 
     def stop(self) -> None:
-        """By force, what is left of it too."""
+        """By force what does not end when it is told to."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(30)
         left = [*self.processes(), self.process] if self.process.poll() is None else []
         for process in left:
             try:
