@@ -121,13 +121,13 @@ def run_job(
     with folder.open():
         _check_output(folder, resume)  # again, now that no other process can change it
         workers = workers or min(8, os.cpu_count() or 1)
-        done: set[str] = set()
         if folder.exists:
-            plan, done = _resume(folder, identity, plan, workers)
+            left = _resume(folder, identity, plan, workers)
         else:
             folder.write_plan(plan.items)
+            left = plan.items
         folder.write_job({"settings": identity, "ignored": plan.ignored, "unreadable": plan.unreadable})
-        kept = len(done)
+        kept = len(plan.items) - len(left)
         tally = Tally(folder, engine=engine.name, total=len(plan.items), kept=kept, on_progress=on_progress)
         work = Work(
             folder=folder,
@@ -140,7 +140,7 @@ def run_job(
         )
         end: State = "failed"
         try:
-            batch_size = engine.run((item for item in plan.items if item.id not in done), work, tally.add)
+            batch_size = engine.run(left, work, tally.add)
             end = "done"
         except OSError as error:  # of writing: what cannot be read is quarantined
             raise ValueError(
@@ -221,20 +221,28 @@ def _check_output(folder: JobFolder, resume: bool) -> None:
         raise ValueError(f"{folder.path} is not empty and holds no job of clipdit. Choose another output folder")
 
 
-def _resume(folder: JobFolder, identity: dict[str, Any], now: Plan, workers: int) -> tuple[Plan, set[str]]:
-    """The plan with what is new in the input, and the ids that need not be done again; the ledger is left with just their
-    records. Of the million inputs that a job may have, the plan is in memory once, and the records are not."""
+def _resume(folder: JobFolder, identity: dict[str, Any], plan: Plan, workers: int) -> list[Item]:
+    """What is to be done yet; the ledger is left with the records of all else. `plan`, made of the input as it is now, becomes
+    what the job had, with what is new in the input behind it.
+
+    Of the million inputs that a job may have, the plan is in memory once, and the records are not."""
     for name, before in folder.read_job()["settings"].items():
         if identity.get(name) != before:
             raise ValueError(
                 f"{folder.path} holds a job with {name} = {before}; now it is {identity.get(name)}. "
                 "Use the same, or another output folder"
             )
-    found = {item.id: item for item in now.items}
-    now.items.clear()  # `found` holds them
+    now, position = plan.items, 0
+    found: dict[str, Item] | None = None  # needed only if the inputs are others by now, or in another order
     items: list[Item] = []
     for before in folder.read_plan():
-        item = found.pop(before.id, before)
+        if found is None and position < len(now) and now[position].id == before.id:
+            item = now[position]
+            position += 1
+        else:
+            if found is None:
+                found = {item.id: item for item in now[position:]}
+            item = found.pop(before.id, before)
         for name in ("output", "seed"):
             if getattr(item, name) != getattr(before, name):
                 raise ValueError(
@@ -242,40 +250,41 @@ def _resume(folder: JobFolder, identity: dict[str, Any], now: Plan, workers: int
                     f"{getattr(item, name)}. Use another output folder"
                 )
         items.append(item if item == before else before)
-    fresh = list(found.values())
-    del found
-    plan = Plan(items=[*items, *fresh], ignored=now.ignored, unreadable=now.unreadable)
+    fresh = now[position:] if found is None else list(found.values())
+    plan.items[:] = [*items, *fresh]
     if fresh:
         check(plan, folder.path)
         folder.write_plan(plan.items)
-    return plan, _finished(folder, plan, workers)
+    return _unfinished(folder, plan, workers)
 
 
-def _finished(folder: JobFolder, plan: Plan, workers: int) -> set[str]:
-    """Ids whose record says "written" and whose output is intact. Other records leave the ledger."""
-    planned = {item.id: item for item in plan.items}
-    done: set[str] = set()
+def _unfinished(folder: JobFolder, plan: Plan, workers: int) -> list[Item]:
+    """Inputs without a record that says "written" and whose output is intact. Other records leave the ledger."""
+    left = {item.id: item for item in plan.items}
     written = readable = 0
 
     def is_finished(record: Record) -> bool:
-        item = planned.get(record.id)
+        item = left.get(record.id)
         return record.status == "written" and item is not None and record.output == item.output and folder.is_intact(record)
+
+    def are_finished(records: list[Record]) -> list[bool]:  # a future for each would cost more than hashing a small file
+        return [is_finished(record) for record in records]
 
     keep = bytearray()
     with ThreadPoolExecutor(workers) as pool:
-        for chunk in _batched(folder.read_ledger(), 4096):
-            records, ends = zip(*chunk, strict=True)
-            readable = ends[-1]
-            for record, whole in zip(records, pool.map(is_finished, records, chunksize=64), strict=True):
+        for chunk in _batched(folder.read_ledger(), 1024):
+            records = [record for record, _ in chunk]
+            readable = chunk[-1][1]
+            finished = [whole for group in pool.map(are_finished, _batched(records, 32)) for whole in group]
+            for record, whole in zip(records, finished, strict=True):
                 written += record.status == "written"
-                keep.append(whole and record.id not in done)
-                if keep[-1]:
-                    done.add(planned[record.id].id)  # the plan's own string: the record's is a copy
+                keep.append(whole and left.pop(record.id, None) is not None)  # a line that comes twice stays once
     if readable < folder.ledger_bytes or not all(keep):
         folder.write_ledger(record for (record, _), kept in zip(folder.read_ledger(), keep, strict=True) if kept)
-    altered = f", {written - len(done)} outputs are gone or altered and are made again" if len(done) < written else ""
-    logger.info("going on with %s: %d of %d inputs are done%s", folder.path, len(done), len(plan.items), altered)
-    return done
+    done = len(plan.items) - len(left)
+    altered = f", {written - done} outputs are gone or altered and are made again" if done < written else ""
+    logger.info("going on with %s: %d of %d inputs are done%s", folder.path, done, len(plan.items), altered)
+    return list(left.values())
 
 
 def _batched(things: Iterable[T], count: int) -> Iterator[list[T]]:

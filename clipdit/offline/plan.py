@@ -7,12 +7,16 @@ mistake in it) is found here, before any image is read. What is wrong with one i
 import csv
 import functools
 import hashlib
+import io
 import json
 import os
+import posixpath
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO
+
+import numpy as np
 
 from clipdit.decoding import FOREIGN_SUFFIXES, IMAGE_SUFFIXES
 from clipdit.images import WRITE_FORMATS, looks_like_image
@@ -25,6 +29,8 @@ COLUMNS = ("source", "output", "seed", "id")
 
 PAIR_COLUMNS = ("target", "split", "group")
 """Columns of a manifest of training pairs, which may be translated as it is; they are not read here."""
+
+_PICTURE_SUFFIXES = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
 
 WORK_FOLDER = ".clipdit"
 """Folder in the output folder for the lock and for files not yet complete."""
@@ -104,8 +110,9 @@ def plan_url(url: str, output: Path, *, seed: int = 0, suffix: str = ".png", kee
             continue
         if ".." in path.parts or "\0" in id or "::" in id or not id:  # names in archives are whatever somebody wrote there
             ignored.append(f"{id}: a name that leaves the folder, or cannot be part of a URL")
-        elif path.suffix.lower() in IMAGE_SUFFIXES | FOREIGN_SUFFIXES:
-            items.append(Item(id=id, source=source, output=_output_name(id, suffix, keep_suffix), seed=item_seed(seed, id)))
+        elif path.suffix.lower() in _PICTURE_SUFFIXES:
+            output_name = _output_name(posixpath.normpath(id), suffix, keep_suffix)
+            items.append(Item(id=id, source=source, output=output_name, seed=item_seed(seed, id)))
         else:
             ignored.append(f"{id}: not an image by its name")
     if not items:
@@ -181,32 +188,30 @@ def _locator(manifest: Path | str, allow_urls: Sequence[str]) -> Callable[[str, 
 
 def check(plan: Plan, output: Path) -> Plan:
     """The plan itself. ValueError when an id or an output occurs twice, or an output would replace an input or another one."""
-    ids: set[str] = set()
-    outputs: dict[str, str] = {}
-    doubles = []
-    for item in plan.items:
-        if item.id in ids:
-            raise ValueError(f"{item.id} is listed twice; give each row its own id and output")
-        ids.add(item.id)
-        if item.output in outputs:
-            doubles.append((outputs[item.output], item.id, item.output))
-        outputs[item.output] = item.id
-    if doubles:
-        first, second, name = doubles[0]
-        more = f" (and {len(doubles) - 1} more such pairs)" if len(doubles) > 1 else ""
+    if twice := _twice(item.id for item in plan.items):
+        raise ValueError(f"{min(twice)} is listed twice; give each row its own id and output")
+    if twice := _twice(item.output for item in plan.items):
+        doubles: dict[str, list[str]] = {}
+        for item in plan.items:
+            if item.output in twice:
+                doubles.setdefault(item.output, []).append(item.id)
+        name, (first, second, *_) = next(iter(doubles.items()))
+        others = sum(map(len, doubles.values())) - len(doubles) - 1
+        more = f" (and {others} more such pairs)" if others else ""
         raise ValueError(f"{first} and {second} would both become {name}{more}. Use --keep-suffix, or a manifest with outputs")
     folders: set[str] = set()
-    for name in outputs:
-        while (name := os.path.dirname(name)) and name not in folders:
+    for name in {os.path.dirname(item.output) for item in plan.items}:
+        while name and name not in folders:
             folders.add(name)
-    if both := folders & outputs.keys():
-        name = min(both)
-        raise ValueError(f"{outputs[name]} would be written to {name}, which is a folder of other outputs. Rename one")
+            name = os.path.dirname(name)
+    for item in plan.items:
+        if item.output in folders:
+            raise ValueError(f"{item.id} would be written to {item.output}, which is a folder of other outputs. Rename one")
     # A realpath of every file would ask the disk for each, so of folders, which are few; names are compared in those alone in
     # which there are both inputs and outputs.
     real = functools.cache(os.path.realpath)
     inputs = {real(os.path.dirname(item.source)) for item in plan.items if not sources.is_url(item.source)}
-    shared = inputs & {real(os.path.join(output, os.path.dirname(item.output))) for item in plan.items}
+    shared = inputs & {real(os.path.join(output, folder)) for folder in {"", *folders}}
     if shared:
         paths = {
             (real(os.path.dirname(i.source)), os.path.basename(i.source)) for i in plan.items if not sources.is_url(i.source)
@@ -216,6 +221,16 @@ def check(plan: Plan, output: Path) -> Plan:
             if (real(os.path.dirname(path)), os.path.basename(path)) in paths:
                 raise ValueError(f"the output of {item.id} would replace the input {path}. Choose another output folder")
     return plan
+
+
+def _twice(names: Iterable[str]) -> set[str]:
+    """Names that occur more than once. Hashes are compared first: a set of a million names is memory that nothing else needs."""
+    names = list(names)
+    hashes = np.sort(np.fromiter(map(hash, names), dtype=np.int64, count=len(names)))
+    again = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    return (
+        {name for name, count in Counter(name for name in names if hash(name) in again).items() if count > 1} if again else set()
+    )
 
 
 def _walk(root: Path, excluded: Path) -> tuple[list[str], list[str], list[OSError]]:
@@ -235,10 +250,12 @@ def _walk(root: Path, excluded: Path) -> tuple[list[str], list[str], list[OSErro
 
 
 def _output_name(id: str, suffix: str, keep_suffix: bool) -> str:
-    path = PurePosixPath(id)
-    if not keep_suffix and path.suffix.lower() in IMAGE_SUFFIXES | FOREIGN_SUFFIXES:
-        path = path.with_suffix("")
-    return f"{path}{suffix}"
+    if keep_suffix:
+        return id + suffix
+    stem, ending = posixpath.splitext(id)
+    if ending == suffix:
+        return id  # the same string: of a million names, half the memory
+    return (stem if ending.lower() in _PICTURE_SUFFIXES else id) + suffix
 
 
 def _rows(manifest: Path | str) -> Iterable[tuple[int, dict]]:
@@ -267,7 +284,7 @@ def _rows(manifest: Path | str) -> Iterable[tuple[int, dict]]:
         raise ValueError(f"{manifest}: not a CSV file ({error})") from error
 
 
-def _opened(manifest: Path | str) -> IO[str]:
+def _opened(manifest: Path | str) -> io.TextIOWrapper:
     if sources.is_url(str(manifest)):
         return sources.open_text(str(manifest))
     return Path(manifest).open(encoding="utf-8-sig", newline="")
@@ -277,9 +294,10 @@ def _manifest_output(where: str, output: object, source: str, suffix: str, keep_
     if output is None or output == "":
         if sources.is_url(source):
             return _output_name(PurePosixPath(source.split("::")[0].split("?")[0]).name, suffix, keep_suffix)
-        path = PurePosixPath(os.path.normpath(source))
-        inside = not path.is_absolute() and ".." not in path.parts
-        return _output_name(str(path) if inside else path.name, suffix, keep_suffix)
+        path = os.path.normpath(source)
+        if path.startswith(("/", "../")):
+            path = os.path.basename(path)
+        return _output_name(source if path == source else path, suffix, keep_suffix)
     if not isinstance(output, str) or "\0" in output:
         raise ValueError(f"{where}: output is {output!r}; wanted a path")
     path = PurePosixPath(output)

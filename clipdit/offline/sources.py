@@ -11,7 +11,7 @@ import io
 import posixpath
 import re
 from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from clipdit.images import ImageError
 
@@ -105,7 +105,7 @@ def find(url: str) -> list[tuple[str, str]]:
     return sorted(found)
 
 
-def open_text(url: str) -> IO[str]:
+def open_text(url: str) -> io.TextIOWrapper:
     """A manifest at a URL, for reading. ValueError when it cannot be read."""
     try:
         return io.TextIOWrapper(io.BytesIO(fetch(url)), encoding="utf-8-sig", newline="")
