@@ -101,17 +101,18 @@ class RayEngine:
     def describe(self, sampling: Sampling) -> Model:
         cluster = self._start()
         import ray
+        from ray.exceptions import GetTimeoutError, RayError
 
         from clipdit_serve.offline.stages import describe
 
         task = ray.remote(num_gpus=self._gpus(cluster), num_cpus=1)(describe)
         try:
             self._model = ray.get(task.remote(self.open_translator, sampling), timeout=self.no_progress_s)
-        except ray.exceptions.GetTimeoutError as error:
+        except GetTimeoutError as error:
             raise ValueError(
                 f"the model was not opened within {self.no_progress_s:g} s; are the cluster's workers busy?"
             ) from error
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             raise _unwrapped(error) from error
         return self._model
 
@@ -155,11 +156,13 @@ class RayEngine:
         on_gpu = self._gpus(cluster) > 0
         assert self.replicas is not None
         threads = None if on_gpu else max(1, (os.cpu_count() or 1) // self.replicas)
+        read: Any = read_stage  # Ray's annotation of functions leaves out those that take more than the block
+        write: Any = write_stage
         many_sizes = work.size in ("own", "nearest")
         with ray.data.DataContext.current(context):
             return (
                 ray.data.from_arrow(blocks)
-                .map_batches(read_stage, batch_size=None, batch_format="pyarrow", fn_kwargs={"work": work})
+                .map_batches(read, batch_size=None, batch_format="pyarrow", fn_kwargs={"work": work})
                 .map_batches(
                     TranslateStage,
                     batch_size=work.batch_size * (4 if many_sizes else 1),  # to find images of equal size in
@@ -169,7 +172,7 @@ class RayEngine:
                     num_cpus=1 if on_gpu else CPUS_OF_A_MODEL,
                     num_gpus=int(on_gpu),
                 )
-                .map_batches(write_stage, batch_size=None, batch_format="pyarrow", fn_kwargs={"work": work})
+                .map_batches(write, batch_size=None, batch_format="pyarrow", fn_kwargs={"work": work})
             )
 
 
@@ -245,14 +248,14 @@ class _Drain:
             raise failure
 
     def _explained(self, error: BaseException) -> BaseException:
-        import ray
         from ray.data.exceptions import ExecutionTimeoutError
+        from ray.exceptions import RayError
 
         if isinstance(error, ExecutionTimeoutError):
             return _go_on(f"Ray made no progress for {self.no_progress_s:g} s")
         if (trouble := self.cluster.trouble()) is not None:
             return _go_on(trouble)
-        return _unwrapped(error) if isinstance(error, ray.exceptions.RayError) else error
+        return _unwrapped(error) if isinstance(error, RayError) else error
 
 
 def _blocks(items: Iterable[Item], rows: int) -> list:
