@@ -14,6 +14,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -188,9 +189,9 @@ def _locator(manifest: Path | str, allow_urls: Sequence[str]) -> Callable[[str, 
 
 def check(plan: Plan, output: Path) -> Plan:
     """The plan itself. ValueError when an id or an output occurs twice, or an output would replace an input or another one."""
-    if twice := _twice(item.id for item in plan.items):
+    if twice := _twice(plan.items, attrgetter("id")):
         raise ValueError(f"{min(twice)} is listed twice; give each row its own id and output")
-    if twice := _twice(item.output for item in plan.items):
+    if twice := _twice(plan.items, attrgetter("output")):
         doubles: dict[str, list[str]] = {}
         for item in plan.items:
             if item.output in twice:
@@ -223,14 +224,14 @@ def check(plan: Plan, output: Path) -> Plan:
     return plan
 
 
-def _twice(names: Iterable[str]) -> set[str]:
+def _twice(items: Sequence[Item], name: Callable[[Item], str]) -> set[str]:
     """Names that occur more than once. Hashes are compared first: a set of a million names is memory that nothing else needs."""
-    names = list(names)
-    hashes = np.sort(np.fromiter(map(hash, names), dtype=np.int64, count=len(names)))
+    hashes = np.fromiter((hash(name(item)) for item in items), dtype=np.int64, count=len(items))
+    hashes.sort()
     again = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-    return (
-        {name for name, count in Counter(name for name in names if hash(name) in again).items() if count > 1} if again else set()
-    )
+    if not again:
+        return set()
+    return {name for name, count in Counter(n for n in map(name, items) if hash(n) in again).items() if count > 1}
 
 
 def _walk(root: Path, excluded: Path) -> tuple[list[str], list[str], list[OSError]]:
