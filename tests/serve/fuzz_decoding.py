@@ -9,6 +9,7 @@ run, but not watched. The first corpus is tests/support/bad_images.py. FOLDER ke
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -61,7 +62,8 @@ def fuzz(arguments: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["PIL", "clipdit.decoding"]):
-        import clipdit.images  # noqa: F401
+        for name in ("clipdit.images", *(f"PIL.{format}ImagePlugin" for format in ("Jpeg", "Mpo", "Png", "WebP"))):
+            importlib.import_module(name)
     atheris.Setup(arguments, check)
     atheris.Fuzz()
 
