@@ -41,8 +41,10 @@ logger = logging.getLogger(__name__)
 
 NO_PROGRESS_S = 600.0
 """Without a single block of rows that moves on, seconds: longer than any model takes to load or a batch to run."""
-LOOK_S = 5.0
-"""Without records, how often the nodes are looked at, seconds."""
+LOOK_S = 0.2
+"""Without records, how often our own Ray is looked at, seconds."""
+ASK_S = 5.0
+"""Without records, how often a cluster is asked for its nodes, seconds."""
 CPUS_OF_A_MODEL = 2
 """Of those that Ray counts, for a replica without a GPU. Other than a reader's, for Ray Data puts stages that ask for the same
 into one process, and then nothing is read while the model works."""
@@ -101,17 +103,18 @@ class RayEngine:
     def describe(self, sampling: Sampling) -> Model:
         cluster = self._start()
         import ray
+        from ray.exceptions import GetTimeoutError, RayError
 
         from clipdit_serve.offline.stages import describe
 
         task = ray.remote(num_gpus=self._gpus(cluster), num_cpus=1)(describe)
         try:
             self._model = ray.get(task.remote(self.open_translator, sampling), timeout=self.no_progress_s)
-        except ray.exceptions.GetTimeoutError as error:
+        except GetTimeoutError as error:
             raise ValueError(
                 f"the model was not opened within {self.no_progress_s:g} s; are the cluster's workers busy?"
             ) from error
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             raise _unwrapped(error) from error
         return self._model
 
@@ -159,7 +162,7 @@ class RayEngine:
         with ray.data.DataContext.current(context):
             return (
                 ray.data.from_arrow(blocks)
-                .map_batches(read_stage, batch_size=None, batch_format="pyarrow", fn_kwargs={"work": work})
+                .map_batches(functools.partial(read_stage, work=work), batch_size=None, batch_format="pyarrow")
                 .map_batches(
                     TranslateStage,
                     batch_size=work.batch_size * (4 if many_sizes else 1),  # to find images of equal size in
@@ -169,7 +172,7 @@ class RayEngine:
                     num_cpus=1 if on_gpu else CPUS_OF_A_MODEL,
                     num_gpus=int(on_gpu),
                 )
-                .map_batches(write_stage, batch_size=None, batch_format="pyarrow", fn_kwargs={"work": work})
+                .map_batches(functools.partial(write_stage, work=work), batch_size=None, batch_format="pyarrow")
             )
 
 
@@ -191,14 +194,18 @@ class _Drain:
     def run(self) -> int:
         # In a thread, because what waits for Ray here would wait for ever when Ray is gone.
         threading.Thread(target=self._pull, name="clipdit-ray", daemon=True).start()
-        last_s = time.monotonic()
+        last_s = asked_s = time.monotonic()
         while True:
+            if (lost := self.cluster.lost()) is not None:
+                raise _go_on(lost)
             try:
                 block = self.blocks.get(timeout=LOOK_S)
             except queue.Empty:
-                trouble = self.cluster.trouble()
+                trouble, now_s = None, time.monotonic()
+                if now_s - max(asked_s, last_s) > ASK_S:
+                    trouble, asked_s = self.cluster.trouble(), now_s
                 # Ray Data has its own guard; this one is for when its thread hangs too.
-                if trouble is None and time.monotonic() - last_s > self.no_progress_s + 60:
+                if trouble is None and now_s - last_s > self.no_progress_s + 60:
                     trouble = f"Ray made no progress for {self.no_progress_s:g} s"
                 if trouble is not None:
                     raise _go_on(trouble) from None
@@ -245,14 +252,14 @@ class _Drain:
             raise failure
 
     def _explained(self, error: BaseException) -> BaseException:
-        import ray
         from ray.data.exceptions import ExecutionTimeoutError
+        from ray.exceptions import RayError
 
         if isinstance(error, ExecutionTimeoutError):
             return _go_on(f"Ray made no progress for {self.no_progress_s:g} s")
         if (trouble := self.cluster.trouble()) is not None:
             return _go_on(trouble)
-        return _unwrapped(error) if isinstance(error, ray.exceptions.RayError) else error
+        return _unwrapped(error) if isinstance(error, RayError) else error
 
 
 def _blocks(items: Iterable[Item], rows: int) -> list:
