@@ -41,8 +41,10 @@ logger = logging.getLogger(__name__)
 
 NO_PROGRESS_S = 600.0
 """Without a single block of rows that moves on, seconds: longer than any model takes to load or a batch to run."""
-LOOK_S = 5.0
-"""Without records, how often the nodes are looked at, seconds."""
+LOOK_S = 0.2
+"""Without records, how often our own Ray is looked at, seconds."""
+ASK_S = 5.0
+"""Without records, how often a cluster is asked for its nodes, seconds."""
 CPUS_OF_A_MODEL = 2
 """Of those that Ray counts, for a replica without a GPU. Other than a reader's, for Ray Data puts stages that ask for the same
 into one process, and then nothing is read while the model works."""
@@ -156,13 +158,11 @@ class RayEngine:
         on_gpu = self._gpus(cluster) > 0
         assert self.replicas is not None
         threads = None if on_gpu else max(1, (os.cpu_count() or 1) // self.replicas)
-        read: Any = read_stage  # Ray's annotation of functions leaves out those that take more than the block
-        write: Any = write_stage
         many_sizes = work.size in ("own", "nearest")
         with ray.data.DataContext.current(context):
             return (
                 ray.data.from_arrow(blocks)
-                .map_batches(read, batch_size=None, batch_format="pyarrow", fn_kwargs={"work": work})
+                .map_batches(functools.partial(read_stage, work=work), batch_size=None, batch_format="pyarrow")
                 .map_batches(
                     TranslateStage,
                     batch_size=work.batch_size * (4 if many_sizes else 1),  # to find images of equal size in
@@ -172,7 +172,7 @@ class RayEngine:
                     num_cpus=1 if on_gpu else CPUS_OF_A_MODEL,
                     num_gpus=int(on_gpu),
                 )
-                .map_batches(write, batch_size=None, batch_format="pyarrow", fn_kwargs={"work": work})
+                .map_batches(functools.partial(write_stage, work=work), batch_size=None, batch_format="pyarrow")
             )
 
 
@@ -194,14 +194,18 @@ class _Drain:
     def run(self) -> int:
         # In a thread, because what waits for Ray here would wait for ever when Ray is gone.
         threading.Thread(target=self._pull, name="clipdit-ray", daemon=True).start()
-        last_s = time.monotonic()
+        last_s = asked_s = time.monotonic()
         while True:
+            if (lost := self.cluster.lost()) is not None:
+                raise _go_on(lost)
             try:
                 block = self.blocks.get(timeout=LOOK_S)
             except queue.Empty:
-                trouble = self.cluster.trouble()
+                trouble, now_s = None, time.monotonic()
+                if now_s - max(asked_s, last_s) > ASK_S:
+                    trouble, asked_s = self.cluster.trouble(), now_s
                 # Ray Data has its own guard; this one is for when its thread hangs too.
-                if trouble is None and time.monotonic() - last_s > self.no_progress_s + 60:
+                if trouble is None and now_s - last_s > self.no_progress_s + 60:
                     trouble = f"Ray made no progress for {self.no_progress_s:g} s"
                 if trouble is not None:
                     raise _go_on(trouble) from None

@@ -31,11 +31,11 @@ three quarters of it."""
 
 def read_all(items: list[Item], work: Work) -> list[tuple[dict, bytes | None]]:
     """(state, pixels) of each input: pixels of (3, H, W) uint8 and a state that says so, or a finished record and None."""
-    futures = [(item, _schedule(item, work)) for item in items]
-    return [_result(item, work, future, again=True) for item, future in futures]
+    scheduled = [(item, *_schedule(item, work)) for item in items]
+    return [_result(item, work, pool, future, again=True) for item, pool, future in scheduled]
 
 
-def _result(item: Item, work: Work, future: ProcessFuture, *, again: bool) -> tuple[dict, bytes | None]:
+def _result(item: Item, work: Work, pool: ProcessPool, future: ProcessFuture, *, again: bool) -> tuple[dict, bytes | None]:
     try:
         return future.result()
     except FutureTimeout:
@@ -43,20 +43,24 @@ def _result(item: Item, work: Work, future: ProcessFuture, *, again: bool) -> tu
     except ProcessExpired as error:
         reason = f"the decoder crashed on it (exit code {error.exitcode})"
     except (BrokenProcessPool, RuntimeError):
-        # Somebody killed a process that did nothing, as the kernel does when memory is short: the library then gives up the pool.
-        _pool.cache_clear()
-        if again:
-            return _result(item, work, _schedule(item, work), again=False)
-        raise
+        # Somebody killed a process that did nothing, as the kernel does when memory is short: the library then gives up the pool,
+        # and whatever else was scheduled with it.
+        if not again:
+            raise
+        if _pool() is pool:
+            _pool.cache_clear()
+        return _result(item, work, *_schedule(item, work), again=False)
     return {"record": asdict(quarantine(item, reason, 0.0))}, None
 
 
-def _schedule(item: Item, work: Work) -> ProcessFuture:
+def _schedule(item: Item, work: Work) -> tuple[ProcessPool, ProcessFuture]:
+    pool = _pool()
     try:
-        return _pool().schedule(_read, args=(item, work), timeout=TIMEOUT_S)
+        return pool, pool.schedule(_read, args=(item, work), timeout=TIMEOUT_S)
     except (BrokenProcessPool, RuntimeError):
         _pool.cache_clear()
-        return _pool().schedule(_read, args=(item, work), timeout=TIMEOUT_S)
+        pool = _pool()
+        return pool, pool.schedule(_read, args=(item, work), timeout=TIMEOUT_S)
 
 
 @functools.cache

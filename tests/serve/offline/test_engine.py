@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -36,6 +39,20 @@ def inputs(tmp_path):
     for i in range(20):
         draw(tmp_path / "in" / ["", "sub"][i % 2] / f"{i:02}.png", 20 + 7 * i, 100 - 3 * i, seed=i)
     return tmp_path / "in"
+
+
+@pytest.fixture
+def start():
+    """Starts jobs in processes of their own, and ends those that are left."""
+    started = []
+
+    def start(*arguments, **options):
+        started.append(start_ray_job(*arguments, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
 
 
 def rows(folder) -> dict[str, dict]:
@@ -122,8 +139,8 @@ def test_a_model_that_hangs_and_one_that_breaks_end_in_one_error_and_the_job_goe
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_killed_driver_workers_and_raylet_equal_an_unbroken_run(tmp_path):
+@pytest.mark.timeout(2400)
+def test_killed_driver_workers_and_raylet_equal_an_unbroken_run(start, tmp_path):
     """kill -9 at random moments. What a dead Ray leaves ends by itself, and the next run does not wait for it."""
     rng, source, out = random.Random(1), tmp_path / "in", tmp_path / "out"
     source.mkdir()
@@ -132,15 +149,15 @@ def test_killed_driver_workers_and_raylet_equal_an_unbroken_run(tmp_path):
         path = source / f"{i:05}.png"
         path.write_bytes(rng.randbytes(40)) if bad else Image.frombytes("RGB", (8, 8), rng.randbytes(192)).save(path)
     log, again, left = tmp_path / "log", [], []
-    process = start_ray_job(source, out, log=log)
+    process = start(source, out, log=log)
     for victim, count in (
-        ("ray::MapBatches", 100),
+        ("ray::MapBatches(", 100),
         ("ray::MapWorker", 400),
         ("driver", 800),
         ("raylet", 1500),
         ("gcs_server", 2200),
     ):
-        wait_for_lines(out, count, process)
+        wait_for_lines(out, count, process, timeout_s=500)
         time.sleep(rng.uniform(0, 0.3))
         relatives = family(process)
         if victim.startswith("ray::"):
@@ -149,13 +166,13 @@ def test_killed_driver_workers_and_raylet_equal_an_unbroken_run(tmp_path):
             continue
         for target in [psutil.Process(process.pid)] if victim == "driver" else named(relatives, victim):
             target.send_signal(signal.SIGKILL)
-        assert process.wait(200) != 0
+        assert process.wait(200) == (-signal.SIGKILL if victim == "driver" else 1)
         done = lines(out)
         again.append(sum(1 for _ in out.glob("*.png")) - done)  # in place, but not in the ledger; quarantined ones are in it
         assert not verify_job(out).ok
         left += relatives  # the next run begins while they end: Ray's agents take a minute
-        process = start_ray_job(source, out, log=log)
-    assert process.wait(300) == 0, log.read_text()[-2000:]
+        process = start(source, out, log=log)
+    assert process.wait(600) == 0, log.read_text()[-2000:]
     verdict = verify_job(out)
     assert verdict.ok and (verdict.written, len(verdict.quarantined)) == (2_970, 30)
     ids = [row["id"] for row in ledger(out)]
@@ -166,3 +183,39 @@ def test_killed_driver_workers_and_raylet_equal_an_unbroken_run(tmp_path):
     assert max(again) <= 256, f"made but not in the ledger: {again}"
     assert wait_until_gone(left, timeout_s=180) == []
     print("written but not in the ledger at each kill:", again)
+
+
+CLUSTER = """
+import ray, sys
+context = ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+print("at", context.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+print("nodes", sum(node["Alive"] for node in ray.nodes()), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_there_is_used_and_left_running(inputs, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    cluster = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert cluster.stdin is not None and cluster.stdout is not None
+    try:
+        address = next(line.split()[1] for line in cluster.stdout if line.startswith("at "))
+        words = ["translate", str(inputs), str(tmp_path / "out"), "--engine", "ray", "--backend", "fake"]
+        command = [sys.executable, "-c", f"import sys; from clipdit.cli import main; sys.exit(main({words!r}))"]
+        done = subprocess.run(command, env=environment | {"RAY_ADDRESS": address}, capture_output=True, text=True)
+        assert done.returncode == 0 and f"Ray at {address}, 4 CPUs" in done.stderr, done.stderr
+        refused = subprocess.run(
+            [*command[:2], command[2].replace("out'", "out2'").replace("'ray'", "'ray', '--replicas', '9'")],
+            env=environment | {"RAY_ADDRESS": address},
+            capture_output=True,
+            text=True,
+        )
+        assert refused.returncode == 2 and "replicas is 9; with 4 CPUs and 0 GPUs Ray has room for 1" in refused.stderr
+        rest, _ = cluster.communicate("")
+        assert "nodes 1" in rest
+    finally:
+        cluster.kill()
+    assert verify_job(tmp_path / "out").written == 20
