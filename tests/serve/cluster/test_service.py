@@ -121,6 +121,7 @@ async def test_when_callers_leave_the_queue_at_most_one_more_batch_runs(service:
         assert await cancelled() - was == 100
 
 
+@pytest.mark.slow
 async def test_kill_9_of_a_model_under_load_costs_nobody_an_answer_and_it_is_replaced(service: RayService):
     outcomes, stop = Outcomes(), asyncio.Event()
     load = asyncio.create_task(keep_asking(service, outcomes, stop, 24, is_right))
@@ -177,6 +178,7 @@ async def test_sighup_under_load_reloads_every_model_without_an_error_and_a_brok
     assert set(outcomes.codes) == {(200, None)} and outcomes.broken == []
 
 
+@pytest.mark.slow
 async def test_readiness_ends_within_5_seconds_of_every_model_hanging_and_comes_back(service: RayService):
     async with service.client() as client:
         for _ in range(2):  # forget how long batches took in the tests before
