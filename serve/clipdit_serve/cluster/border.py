@@ -1,4 +1,4 @@
-"""Around Ray's HTTP proxy, in its process: a bound on bodies, and no error that is not in our table.
+"""Around Ray's HTTP proxy, in its process: bounds on heads and bodies, and no error that is not in our table.
 
 The proxy reads a body to its end, whether or not its ingress wants it: without the bound here memory would be the caller's to
 fill. Where an ingress is full or dies, the proxy answers with a sentence, or not at all; callers get what errors.py promises.
@@ -8,10 +8,12 @@ Ray finds this by the environment variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_
 import re
 import secrets
 
+import uvicorn.config
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from clipdit_serve.connections import Connection
 from clipdit_serve.errors import ApiError
 from clipdit_serve.guards import REQUEST_ID
 from clipdit_serve.settings import ServeSettings
@@ -21,7 +23,8 @@ IMPORT_PATH = f"{__name__}.middlewares"
 
 
 def middlewares() -> list[Middleware]:
-    """For Ray."""
+    """For Ray, which calls this in the process of its proxy before that listens."""
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{Connection.__module__}:{Connection.__qualname__}"  # no option of Ray's leads there
     settings = ServeSettings()
     return [Middleware(Border, max_bytes=settings.max_body_bytes, max_together=settings.max_bodies_bytes)]
 

@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import httpx2
 import pytest
+import uvicorn.config
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from clipdit_serve.cluster.border import Border
+from clipdit_serve.cluster.border import Border, middlewares
+from clipdit_serve.connections import Connection
 from clipdit_serve.errors import ApiError
 
 pytestmark = pytest.mark.anyio
@@ -117,3 +119,11 @@ async def test_rays_list_of_routes_is_not_shown():
     async with proxied(echo_length) as client:
         assert (await client.get("/-/routes")).status_code == 404
         assert (await client.get("/-/healthz")).status_code == 200
+
+
+def test_rays_proxy_takes_heads_as_the_service_of_one_process_does(monkeypatch):
+    monkeypatch.setattr(uvicorn.config, "HTTP_PROTOCOLS", dict(uvicorn.config.HTTP_PROTOCOLS))
+    assert [middleware.cls for middleware in middlewares()] == [Border]
+    config = uvicorn.Config(lambda scope: None)
+    config.load()
+    assert config.http_protocol_class is Connection

@@ -62,6 +62,7 @@ async def test_every_error_and_request_id_is_ours_whoever_answers(service: RaySe
 
         large = await client.post("/v1/translate", content=without_a_length(), headers=PNG)
         assert (large.status_code, large.headers["x-clipdit-error"]) == (413, "body_too_large")
+        assert (await client.get("/livez", headers={"x-long": "a" * 200_000})).status_code == 400
         refused = await client.get("/metrics", headers={"authorization": "Bearer another"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
 
