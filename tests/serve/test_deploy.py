@@ -111,7 +111,7 @@ def test_nobody_is_killed_who_would_still_have_been_answered():
     """Draining, then what uvicorn takes to send the last answers."""
     chosen = options()
     app, settings = FastAPI(), ServeSettings()
-    app.state.jobs = None  # switched off
+    app.state.jobs = app.state.reloads = None  # switched off
     engine, decoder = InProcessEngine(lambda: pytest.fail("nobody asks"), settings), DecodePool(settings)
     server = Server(
         app, engine, decoder, host="127.0.0.1", port=0, linger_s=0, drain_s=0, on_ready=lambda address: None
