@@ -69,7 +69,6 @@ class Server(uvicorn.Server):
                 reset_contextvars=True,  # or a request that was sent behind another counts as a part of it in traces
                 proxy_headers=False,  # would believe anybody who says he is a proxy
                 ws="none",
-                http="h11",  # httptools, which it would take where that is installed, bounds no head and takes HTTP/0.9
                 lifespan="on",
                 timeout_graceful_shutdown=5,  # by then nobody waits but those whose answer is being sent
             )
