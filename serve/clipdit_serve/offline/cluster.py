@@ -34,6 +34,7 @@ class Cluster:
     def __init__(self, cpus: int):
         _before_ray_is_imported()
         import ray
+        from ray._private import ray_constants
 
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         address = os.environ.get("RAY_ADDRESS")
@@ -45,6 +46,7 @@ class Cluster:
                 raise ValueError(f"RAY_ADDRESS is {address}, where no Ray answers: {error}") from error
         else:
             cpus = max(MIN_CPUS, os.cpu_count() or 1, cpus)
+            ray_constants.ENABLE_RAY_CLUSTER = False  # also where somebody else imported Ray before; see below
             # "local" is always a new one; by default Ray would join what it finds on this machine
             try:
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)

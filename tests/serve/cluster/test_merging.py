@@ -1,17 +1,21 @@
 """The metrics of several ingresses on one page."""
 
+import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from clipdit_serve.batching import InProcessEngine
 from clipdit_serve.cluster.merging import merged
 from clipdit_serve.engine import BatchReport
 from clipdit_serve.metrics import Metrics
+from clipdit_serve.settings import ServeSettings
+from clipdit_serve.variants import Variants
 
 
 def page(requests: int) -> str:
-    metrics = Metrics(waiting=lambda: requests)
+    metrics = Metrics(Variants.of(InProcessEngine(lambda: pytest.fail("nobody asks"), ServeSettings())))
     for _ in range(requests):
         metrics.request("/v1/translate", 200, None, 0.01)
-    metrics.batch(BatchReport(images=requests, seconds=0.1, waits_s=(0.0,) * requests))
+    metrics.batch("", BatchReport(images=requests, seconds=0.1, waits_s=(0.0,) * requests))
     return metrics.exposition()[0].decode()
 
 
