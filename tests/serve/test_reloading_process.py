@@ -79,6 +79,7 @@ def close(image: bytes, wanted: torch.Tensor) -> bool:
     return (read_image(image).float() - wanted.float()).abs().max() <= 2
 
 
+@pytest.mark.slow
 def test_sighup_serves_what_lies_there_now_and_refuses_what_is_damaged(
     checkpoints: tuple[Path, Path], link: Path, tmp_path: Path
 ):
