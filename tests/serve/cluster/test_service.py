@@ -78,6 +78,7 @@ async def test_jobs_are_followed_from_the_queue_to_their_result(service: RayServ
         is_right(1, (await client.get(f"{first}/result")).content)
 
 
+@pytest.mark.slow
 async def test_more_than_it_can_is_answered_or_refused_and_everybody_is_accounted_for(service: RayService):
     outcomes, before = Outcomes(), sum(service.batches)
     async with service.client() as client:
@@ -90,6 +91,7 @@ async def test_more_than_it_can_is_answered_or_refused_and_everybody_is_accounte
     print(f"\n{dict(outcomes.codes)}; slowest {max(outcomes.took_s):.2f} s")
 
 
+@pytest.mark.slow
 async def test_when_callers_leave_the_queue_at_most_one_more_batch_runs(service: RayService):
     async def cancelled() -> float:
         text = (await client.get("/metrics")).text
@@ -241,6 +243,7 @@ def _is_refused(port: int) -> None:
     assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
+@pytest.mark.slow
 async def test_sigterm_under_load_loses_no_admitted_request_and_leaves_nothing_behind(service: RayService):
     """The last test of this service."""
     outcomes, stop, mine = Outcomes(), asyncio.Event(), service.processes()
