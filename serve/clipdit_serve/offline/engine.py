@@ -150,7 +150,7 @@ class RayEngine:
 
         from clipdit_serve.offline.stages import TranslateStage, read_stage, write_stage
 
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors become ours, without advice to drop blocks
         context = ray.data.DataContext.get_current().copy()
         context.execution_no_progress_timeout_s = self.no_progress_s
         context.max_errored_blocks = 0
@@ -228,12 +228,17 @@ class _Drain:
             self.blocks.put(error)
 
     def _take(self, block: Any) -> None:
-        """A block's records to the ledger; then, if a write failed that would fail for every output, OSError."""
+        """A block's records to the ledger; then what the model raised, or OSError of a write that would fail for every output."""
         from clipdit_serve.offline.stages import states
 
         records: list[Record] = []
-        failure: OSError | None = None
+        failure: Exception | None = None
         for state in states(block):
+            if fault := state.get("fault"):
+                kind = ValueError if fault["kind"] == "ValueError" else RuntimeError
+                failure = kind(fault["message"] if kind.__name__ == fault["kind"] else f"{fault['kind']}: {fault['message']}")
+                failure.add_note(f"In a worker of Ray:\n{fault['trace']}")
+                continue
             if (batch_size := state["batch_size"]) < self.batch_size:
                 logger.warning("out of memory with %d images at once; going on with %d", self.batch_size, batch_size)
                 self.batch_size = batch_size
@@ -273,7 +278,7 @@ def _blocks(items: Iterable[Item], rows: int) -> list:
 
 def _unwrapped(error: BaseException) -> BaseException:
     """What a worker raised, as it raised it."""
-    while (cause := getattr(error, "cause", None)) is not None and isinstance(cause, BaseException):
+    while isinstance(cause := getattr(error, "cause", None), BaseException):
         error = cause
     return error
 

@@ -5,11 +5,13 @@ travel in it, and not in Arrow's strings.
     translate   {item, shape ...} and pixels        -> {..., batch_size} and the output's pixels, or none for want of memory
     write       {item, shape, placement ...}, ...   -> {record, batch_size}, or {error} of a write that would always fail
 
-A finished record passes through. No stage raises over one input; what they raise is a fault of the model or of ours.
+A finished record passes through, and so does {fault}, what the model raised: from Ray Data it would come in other words than from
+the local engine. No stage raises over one input.
 """
 
 import json
 import platform
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -52,8 +54,15 @@ class TranslateStage:
     """
 
     def __init__(self, open_translator: OpenTranslator, work: Work, expected: Model, threads: int | None):
-        if threads is not None:
-            torch.set_num_threads(threads)
+        self.fault: dict[str, str] | None = None
+        try:
+            if threads is not None:
+                torch.set_num_threads(threads)
+            self.translate = self._open(open_translator, work, expected)
+        except Exception as error:
+            self.fault = _fault(error)
+
+    def _open(self, open_translator: OpenTranslator, work: Work, expected: Model) -> Halving:
         translator = open_translator()
         found = model_of(translator, work.sampling)
         for name in ("backend", "fingerprint"):
@@ -62,9 +71,17 @@ class TranslateStage:
                     f"on {platform.node()} the model's {name} is {getattr(found, name)}; the job was planned with "
                     f"{getattr(expected, name)}. Every node needs the same model and packages"
                 )
-        self.translate = Halving(translator, work.sampling, work.batch_size, lambda before, after: None)
+        return Halving(translator, work.sampling, work.batch_size, lambda before, after: None)
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        if self.fault is None:
+            try:
+                return self._translated(block)
+            except Exception as error:
+                self.fault = _fault(error)
+        return table([({"fault": self.fault}, None)])
+
+    def _translated(self, block: pa.Table) -> pa.Table:
         rows: list[tuple[dict, bytes | None]] = [(state, None) for state in states(block)]
         images = block["pixels"].combine_chunks() if block.num_rows else block["pixels"]
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -87,6 +104,9 @@ def write_stage(block: pa.Table, work: Work) -> pa.Table:
     images = block["pixels"].combine_chunks() if block.num_rows else block["pixels"]
     done: list[tuple[dict, bytes | None]] = []
     for i, state in enumerate(states(block)):
+        if "fault" in state:
+            done.append((state, None))
+            continue
         batch = {"batch_size": state["batch_size"]}
         if "record" in state:
             done.append(({"record": state["record"]} | batch, None))
@@ -110,6 +130,10 @@ def describe(open_translator: OpenTranslator, sampling: Sampling) -> Model:
     """In a worker that has what the model needs: the machine that the job is started on need not have a GPU."""
     with open_translator() as translator:
         return model_of(translator, sampling)
+
+
+def _fault(error: Exception) -> dict[str, str]:
+    return {"kind": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
 
 
 def _where(error: OSError, work: Work) -> str:

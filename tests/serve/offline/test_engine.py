@@ -123,11 +123,11 @@ def test_what_cannot_be_is_one_line_before_ray_is_started(inputs, tmp_path, monk
 def test_a_model_that_hangs_and_one_that_breaks_end_in_one_error_and_the_job_goes_on(inputs, tmp_path, monkeypatch):
     out = tmp_path / "out"
     for open_translator, error, message in (
-        (ray_models.open_hanging, ValueError, "no progress for 25 s.* --resume"),
+        (ray_models.open_hanging, ValueError, "no progress for 60 s.* --resume"),
         (ray_models.open_broken, RuntimeError, "device-side assert"),
     ):
         monkeypatch.setenv("PYTHONPATH", str(Path(ray_models.__file__).parent))
-        engine = RayEngine(open_translator, no_progress_s=25)
+        engine = RayEngine(open_translator, no_progress_s=60)
         try:
             with pytest.raises(error, match=message):
                 run_job(engine, inputs, out, resume=True)
