@@ -280,7 +280,8 @@ async def test_sigterm_under_load_loses_no_admitted_request_and_readyz_says_503_
             await asyncio.sleep(0.01)
         unready_s = time.monotonic() - began
     assert answer.json() == {"status": "draining"}
-    assert unready_s < 5  # SERVE: 1 s, on a machine where other tests do not take the cores; printed above
+    print(f"\n503 after {unready_s:.2f} s")
+    assert unready_s < 5  # SERVE: 1 s, where other tests do not take the cores
     await asyncio.gather(*callers)
     assert await asyncio.to_thread(running.process.wait, 20) == 0
     assert {(status, error) for _, status, error in outcomes} == {(200, None), (503, "draining")}
