@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 LOOKS_EVERY_S = 0.25
 """At the replicas."""
 
-ANSWERS_WITHIN_S = 1.0
-"""A replica that has not said by then how it is counts as one that cannot answer."""
+ANSWERS_WITHIN_S = 2.0
+"""A replica that has not said by then how it is counts as one that cannot answer; on a busy machine one second is too short."""
 
-VALID_S = 2.5
-"""What was seen says nothing any more after so long: then readiness ends, whatever kept us from looking."""
+VALID_S = 4.5
+"""What was seen says nothing any more after so long: then readiness ends, whatever kept us from looking. Five are promised."""
 
 SAID: dict[State, str] = {
     "ready": "ready",

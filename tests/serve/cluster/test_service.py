@@ -32,6 +32,7 @@ async def test_answers_are_bit_for_bit_those_of_the_local_engine(service: RaySer
         assert (refused.status_code, refused.headers["x-clipdit-error"]) == (400, "invalid_value")
 
 
+@pytest.mark.slow
 async def test_of_300_concurrent_images_none_is_swapped_lost_or_doubled(service: RayService):
     before, outcomes = sum(service.batches), Outcomes()
     async with service.client() as client:
@@ -146,6 +147,7 @@ async def test_kill_9_of_a_model_under_load_costs_nobody_an_answer_and_it_is_rep
     assert again_s < 60 and victim.pid not in {model.pid for model in service.models}
 
 
+@pytest.mark.slow
 async def test_sighup_under_load_reloads_every_model_without_an_error_and_a_broken_one_is_refused(service: RayService):
     outcomes, stop = Outcomes(), asyncio.Event()
     load = asyncio.create_task(keep_asking(service, outcomes, stop, 8, is_right))
