@@ -251,7 +251,8 @@ def _resume(folder: JobFolder, identity: dict[str, Any], plan: Plan, workers: in
                 )
         items.append(item if item == before else before)
     fresh = now[position:] if found is None else list(found.values())
-    plan.items[:] = [*items, *fresh]
+    plan.items[:] = items + fresh if fresh else items
+    del items
     if fresh:
         check(plan, folder.path)
         folder.write_plan(plan.items)

@@ -45,11 +45,11 @@ def test_pixels_are_those_that_are_read_here(items, work):
 
 @pytest.mark.parametrize(
     ("misdeed", "reason"),
-    [(wild_decoders.crash, "the decoder crashed on it"), (wild_decoders.hang, "was not read within 3 s")],
+    [(wild_decoders.crash, "the decoder crashed on it"), (wild_decoders.hang, "was not read within 1.5 s")],
 )
 def test_a_decoder_that_crashes_or_hangs_costs_its_own_input(items, work, monkeypatch, misdeed, reason):
     work_on = reading._read
-    monkeypatch.setattr(reading, "TIMEOUT_S", 3.0)
+    monkeypatch.setattr(reading, "TIMEOUT_S", 1.5)
     wild = [reading._schedule(item, work) for item in items[:1]]
     assert wild[0][1].result()[1] is not None
     monkeypatch.setattr(reading, "_read", misdeed)
