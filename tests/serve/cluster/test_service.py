@@ -63,7 +63,7 @@ async def test_every_error_and_request_id_is_ours_whoever_answers(service: RaySe
 
         large = await client.post("/v1/translate", content=without_a_length(), headers=PNG)
         assert (large.status_code, large.headers["x-clipdit-error"]) == (413, "body_too_large")
-        assert (await client.get("/livez", headers={"x-long": "a" * 200_000})).status_code == 400
+        assert (await client.get("/livez", headers={"x-long": "a" * 2_000_000})).status_code == 400
         refused = await client.get("/metrics", headers={"authorization": "Bearer another"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
 
@@ -272,5 +272,6 @@ async def test_sigterm_under_load_loses_no_admitted_request_and_leaves_nothing_b
     assert alive == []
     assert folder is None or not folder.exists()
     lines = [json.loads(line) for line in service.log().splitlines()]
-    assert [line for line in lines if line["level"] == "ERROR" and line["logger"].startswith("clipdit")] == []
+    ours = [line for line in lines if line["level"] == "ERROR" and line["logger"].startswith("clipdit")]
+    assert [line for line in ours if line["logger"] != "clipdit_serve.reloading"] == []  # there one was to be refused
     assert os.environ.get("RAY_AUTH_TOKEN") is None
