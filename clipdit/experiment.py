@@ -16,6 +16,7 @@ from clipdit.diffusion import DDPM
 from clipdit.files import write_atomically
 from clipdit.flow import FlowMatching
 from clipdit.model.dit import MLP, SIZES, Conditioning, DiT, Norm, Positions
+from clipdit.train.adversarial import AdversarySettings, GlobalGeneratorSettings, UNetSettings
 from clipdit.train.autoencoder import AutoencoderSettings, DecoderSettings
 from clipdit.train.clip import ClipSettings
 from clipdit.train.loop import TrainSettings
@@ -132,6 +133,16 @@ class TranslationExperiment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdversarialExperiment:
+    """Pairs -> a checkpoint that translates in one step: a generator, taught by a discriminator."""
+
+    pairs: PairSettings = field(default_factory=PairSettings)
+    model: tyro.conf.AvoidSubcommands[UNetSettings | GlobalGeneratorSettings] = field(default_factory=UNetSettings)
+    loss: AdversarySettings = field(default_factory=AdversarySettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AutoencoderExperiment:
     """Images of pairs -> a VAE (`vae/` in the run folder)."""
 
@@ -166,7 +177,7 @@ class ClipExperiment:
     train: TrainSettings = field(default_factory=TrainSettings)
 
 
-Experiment = TranslationExperiment | AutoencoderExperiment | DecoderExperiment | ClipExperiment
+Experiment = TranslationExperiment | AdversarialExperiment | AutoencoderExperiment | DecoderExperiment | ClipExperiment
 
 
 def to_json(experiment: Experiment, preset: str) -> dict:

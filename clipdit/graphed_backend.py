@@ -21,7 +21,9 @@ from torch import Tensor
 
 from clipdit.backend import Condition
 from clipdit.model import ops
-from clipdit.model.dit import Context, DiT
+from clipdit.model.dit import DiT
+from clipdit.model.network import Context
+from clipdit.model.weights import read_json
 from clipdit.pipeline import ClipDiTPipeline
 from clipdit.sampling import SamplingTable
 from clipdit.shapes import Latent
@@ -77,7 +79,10 @@ class GraphedBackend(EagerBackend):
 
     @classmethod
     def why_not(cls, folder: Path) -> str | None:
-        return cls.refusal(cls.default_device()) or super().why_not(folder)
+        reason = cls.refusal(cls.default_device()) or super().why_not(folder)
+        if reason is None and (kind := read_json(folder / "model_index.json").get("transformer", [None])[-1]) != DiT.__name__:
+            return f"the {cls.name} backend runs a DiT, and {folder} holds a {kind}; use the eager backend"
+        return reason
 
     @classmethod
     def open(

@@ -25,6 +25,8 @@ from clipdit.backend import Backend, SamplingDefaults
 from clipdit.model.autoencoder import KINDS, VAE, Autoencoder
 from clipdit.model.clip import ClipImageEncoder, load_clip_folder
 from clipdit.model.dit import DiT
+from clipdit.model.generators import GlobalGenerator, UNet
+from clipdit.model.network import Network
 from clipdit.model.weights import hub_errors, load_diffusers, read_json, refused
 from clipdit.objective import Objective, objective_from
 
@@ -33,7 +35,8 @@ class ClipDiTPipeline(DiffusionPipeline):
     """Translates images with a CLIP-conditioned diffusion transformer (arXiv 2505.16001).
 
     Args:
-        transformer, vae, scheduler: the networks and what they were trained to predict.
+        transformer, vae, scheduler: the networks and what they were trained to predict. `transformer` is diffusers' name of the
+            seat; a generator of pix2pix has it, too.
         image_encoder: CLIP's vision tower; None for a model of conditioning "concat".
         latents_mean, latents_std: of each latent channel of the training targets.
         image_size: (height, width) of training, pixels.
@@ -42,14 +45,14 @@ class ClipDiTPipeline(DiffusionPipeline):
 
     _optional_components = ["image_encoder"]  # noqa: RUF012  (diffusers reads a list)
 
-    transformer: DiT
+    transformer: DiT  # or another Network: what works with a DiT alone must ask
     vae: VAE
     scheduler: SchedulerMixin
     image_encoder: CLIPVisionModelWithProjection | None
 
     def __init__(
         self,
-        transformer: DiT,
+        transformer: Network,
         vae: VAE,
         scheduler: SchedulerMixin,
         image_encoder: CLIPVisionModelWithProjection | None = None,
@@ -156,7 +159,7 @@ def _load(folder: Path, dtype: torch.dtype, given: dict[str, Any]) -> ClipDiTPip
     """`given` stands in for parts and settings of the folder."""
     index = _read_index(folder)
     readers = {
-        "transformer": lambda where: load_diffusers(DiT, where, dtype),
+        "transformer": lambda where: load_diffusers(NETWORKS[index["transformer"][1]], where, dtype),
         "vae": lambda where: load_diffusers(KINDS[index["vae"][1]], where, dtype),
         "image_encoder": lambda where: load_clip_folder(where, dtype),
         "scheduler": lambda where: _read_scheduler(where, index["scheduler"][1]),
@@ -169,8 +172,10 @@ def _load(folder: Path, dtype: torch.dtype, given: dict[str, Any]) -> ClipDiTPip
     return pipeline
 
 
+NETWORKS: dict[str, type[Network]] = {kind.__name__: kind for kind in (DiT, UNet, GlobalGenerator)}
+"""What may sit in `transformer/`: a generator answers what is asked of a DiT."""
 CLASSES = {
-    "transformer": {("clipdit.model.dit", "DiT")},
+    "transformer": {(kind.__module__, name) for name, kind in NETWORKS.items()},
     "vae": {(kind.__module__ if kind.__module__.startswith("clipdit") else "diffusers", name) for name, kind in KINDS.items()},
     "image_encoder": {("transformers", "CLIPVisionModelWithProjection")},
 }

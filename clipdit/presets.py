@@ -5,11 +5,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from clipdit.backend import BUILT_IN
 from clipdit.data.augment import Augment
 from clipdit.diffusion import DDPM
 from clipdit.experiment import (
+    AdversarialExperiment,
     AutoencoderExperiment,
     ClipExperiment,
     DecoderExperiment,
@@ -18,6 +20,7 @@ from clipdit.experiment import (
     PairSettings,
     TranslationExperiment,
 )
+from clipdit.train.adversarial import AdversarySettings, GlobalGeneratorSettings
 from clipdit.train.loop import TrainSettings
 
 
@@ -131,10 +134,46 @@ def yardstick() -> TranslationExperiment:
     )
 
 
+AS_PUBLISHED: dict[str, Any] = {
+    "lr": 2e-4, "betas": (0.5, 0.999), "weight_decay": 0.0, "warmup_steps": 0, "ema_decay": 0.0, "clip_norm": 1e9,
+}  # fmt: skip
+"""Adam of both papers; neither averages weights nor bounds gradients."""
+
+
+def pix2pix() -> AdversarialExperiment:
+    """Pix2Pix (Isola et al. 2017): U-Net and PatchGAN, 100 L1; batch 4 and 15 epochs of 49,825 pairs, as for edges2shoes.
+
+    Constants of the paper (sec. 3.3, 6.1, 6.2) and of its code: Adam at 2e-4 with betas 0.5 and 0.999, jitter of 30 px in 256 and
+    mirroring, dropout in use as well. Its norms in training are over the batch; ours are over each image.
+    """
+    return AdversarialExperiment(
+        pairs=PairSettings(augment=Augment(jitter=30 / 256)),
+        train=TrainSettings(steps=187_000, batch_size=4, **AS_PUBLISHED, schedule="constant"),
+    )
+
+
+def pix2pixhd() -> AdversarialExperiment:
+    """Pix2PixHD (Wang et al. 2018) without labels: global generator, two PatchGANs, feature matching, perceptual loss.
+
+    Constants of its code: least-squares contest, 10 for feature matching and perceptual loss, Adam at 2e-4 with betas 0.5 and
+    0.999, falling to zero over the second half of 200 epochs, batch 1. The published perceptual loss is a distance in VGG19,
+    which no package brings; ours is ST-LPIPS, with the same factor.
+    """
+    return AdversarialExperiment(
+        pairs=PairSettings(augment=Augment(jitter=30 / 256)),
+        model=GlobalGeneratorSettings(),
+        loss=AdversarySettings(
+            contest="least-squares", l1=0.0, feature_matching=10.0, perceptual=10.0, scales=2, affine=False, padding=2
+        ),
+        train=TrainSettings(steps=200_000, batch_size=1, **AS_PUBLISHED, schedule="linear"),
+    )
+
+
 PRESETS: dict[str, Callable[[], Experiment]] = {
     function.__name__: function
     for function in (
         edges2emoji, edges2shoes, face2comics, paper_edges2shoes, paper_face2comics, paper_edges2emoji, yardstick,
+        pix2pix, pix2pixhd,
         emoji_vae, vae_decoder, emoji_clip,
     )
 }  # fmt: skip

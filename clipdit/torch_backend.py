@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
@@ -22,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipdit.backend import Condition, Limits
 from clipdit.images import to_float, to_u8
-from clipdit.model.dit import Context, DiT, Modulation
+from clipdit.model.network import Context, Modulation, Network
 from clipdit.pipeline import PARTS, ClipDiTPipeline, load_checkpoint
 from clipdit.sampling import SamplingTable, guide, sample
 from clipdit.shapes import ImageU8, Latent, Time
@@ -31,6 +32,8 @@ Step = Callable[[Tensor, Modulation, Context, tuple[Tensor, ...]], Tensor]
 """(x, modulation, context, positions) -> prediction: what runs at every step; `DiT.forward_prepared`."""
 MODULATION_AT_ONCE = 2**24
 """Numbers of modulation that are computed ahead at once: 64 MiB in float32."""
+
+SomeNetwork = TypeVar("SomeNetwork", bound=Network)
 
 VARIANTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What a checkpoint can be opened in by name, as `--backend eager:bf16`."""
@@ -224,7 +227,7 @@ class EagerBackend:
             raise RuntimeError(f"the {self.name} backend is closed; open it again")
         return self._open_pipeline
 
-    def _build_step(self, dit: DiT) -> Step:
+    def _build_step(self, dit: Network) -> Step:
         return dit.forward_prepared
 
 
@@ -247,14 +250,16 @@ class CompiledBackend(EagerBackend):
             missing = "Python's C headers are not installed. Install python3-dev"
         return f"torch.compile cannot build kernels here: {missing}" if missing else super().why_not(folder)
 
-    def _build_step(self, dit: DiT) -> Step:
+    def _build_step(self, dit: Network) -> Step:
+        if not dit.blocks:
+            return torch.compile(super()._build_step(dit), dynamic=None)
         twin = with_blocks_of_its_own(dit)
         for block in twin.blocks:
             block.compile(dynamic=None)  # the second batch size compiles once more, for any size; the third does not
         return super()._build_step(twin)
 
 
-def with_blocks_of_its_own(dit: DiT) -> DiT:
+def with_blocks_of_its_own(dit: SomeNetwork) -> SomeNetwork:
     """The same network, parameters shared, whose blocks can be compiled while those of `dit` stay as they are."""
     twin = copy.copy(dit)
     twin._modules = dit._modules | {"blocks": nn.ModuleList(copy.copy(block) for block in dit.blocks)}

@@ -33,6 +33,9 @@ class Augment:
     """Scaled by a factor between 1 / (1 + max_zoom) and 1 + max_zoom."""
     max_shift: float = 0.0
     """Moved by up to this fraction of width and of height."""
+    jitter: float = 0.0
+    """Scaled up by this fraction, and a part of the old size cut out at random: the jitter of Pix2Pix, whose 286 px for 256 are
+    30 / 256."""
     border: Literal["replicate", "white"] = "replicate"
     """What comes in from outside after a turn, zoom or shift: the border's pixels repeated, or white."""
     max_brightness: float = 0.0
@@ -53,6 +56,7 @@ class Augment:
             ("max_rotation_degrees", 180),
             ("max_zoom", 1),
             ("max_shift", 1),
+            ("jitter", 1),
             ("max_brightness", 1),
             ("max_contrast", 1),
             ("max_saturation", 1),
@@ -101,9 +105,9 @@ def _draw(settings: Augment, generator: torch.Generator) -> _Change:
     return _Change(
         flip=settings.flip and u[0] < 0,
         rotation_degrees=u[1] * settings.max_rotation_degrees,
-        zoom=(1 + settings.max_zoom) ** u[2],
-        shift_x=u[3] * settings.max_shift,
-        shift_y=u[4] * settings.max_shift,
+        zoom=(1 + settings.max_zoom) ** u[2] * (1 + settings.jitter),
+        shift_x=u[3] * (settings.max_shift + settings.jitter / 2),
+        shift_y=u[4] * (settings.max_shift + settings.jitter / 2),
         brightness=1 + u[5] * settings.max_brightness,
         contrast=1 + u[6] * settings.max_contrast,
         saturation=1 + u[7] * settings.max_saturation,

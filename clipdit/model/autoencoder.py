@@ -1,4 +1,5 @@
-"""The autoencoder between pixels and latents: diffusers' AutoencoderKL or AutoencoderTiny, by folder or hub id, or Taef2.
+"""The autoencoder between pixels and latents: diffusers' AutoencoderKL or AutoencoderTiny, by folder or hub id, Taef2, or
+none (Pixels).
 
 `Autoencoder` hides what differs among them (sampling or not, [0, 1] or [-1, 1], scale): latents come out standardised by channel,
 about unit variance, with the mean and standard deviation measured on the training targets.
@@ -15,11 +16,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import Tensor, nn
 
+from clipdit.model.pixels import Pixels
 from clipdit.model.taef2 import Taef2
 from clipdit.model.weights import hub_errors, load_diffusers, read_json
 from clipdit.shapes import Image, Latent
 
-VAE = AutoencoderKL | AutoencoderTiny | Taef2
+VAE = AutoencoderKL | AutoencoderTiny | Taef2 | Pixels
 
 
 class Autoencoder(nn.Module):
@@ -105,7 +107,7 @@ def is_of_decoder(name: str) -> bool:
     return name.startswith(("decoder.", "post_quant_conv."))
 
 
-KINDS: dict[str, type[VAE]] = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, Taef2)}
+KINDS: dict[str, type[VAE]] = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, Taef2, Pixels)}
 
 
 def load_vae(where: str | Path) -> VAE:

@@ -12,12 +12,11 @@ image and time, so for all steps before the first). `forward` is the three in a 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ModelMixin  # noqa: F401  (diffusers looks beside a class for how to load it)
 from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipdit.backend import Condition
 from clipdit.model import ops
+from clipdit.model.network import Context, Modulation, Network
 from clipdit.model.ops import PLAIN, Ops
 from clipdit.shapes import ClipTokens, Latent, Time, Tokens
 
@@ -42,28 +42,6 @@ SIZES = {  # name: (width, depth, heads), Peebles & Xie 2023, table 1; Ti as in 
     "L": (1024, 24, 16),
     "XL": (1152, 28, 16),
 }
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the blocks read of the source: computed once per image."""
-
-    source_tokens: Tokens | None
-    """Projected source latent, (B, N, D)."""
-    pooled: Float[Tensor, "B D"] | None
-    """Projected CLIP embedding."""
-    keys_values: tuple[tuple[Tensor, Tensor] | None, ...] = field(default=())
-    """For each block its cross-attention keys and values, each (B, M, D), or None where a block has none."""
-
-
-@dataclass(frozen=True)
-class Modulation:
-    """adaLN's shifts, scales and gates: computed once per image and time."""
-
-    blocks: Float[Tensor, "B L six D"]
-    """shift, scale, gate of attention, then of the MLP."""
-    final: Float[Tensor, "B two D"]
-    """shift and scale before the last projection."""
 
 
 class MLPEmbedder(nn.Module):
@@ -142,7 +120,7 @@ class Block(nn.Module):
         return end(x, branch, gate2, shift, scale, norm=norm)
 
 
-class DiT(ModelMixin, ConfigMixin):
+class DiT(Network):
     """A DiT over (B, C, h, w) latents.
 
     Args:

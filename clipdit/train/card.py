@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -42,6 +42,7 @@ from clipdit.pipeline import ClipDiTPipeline
 pipeline = ClipDiTPipeline.from_pretrained("{folder}")
 ```""",
 )
+GENERATOR = replace(TRANSLATOR, tags=("image-to-image", "gan"))
 AUTOENCODER = Kind(
     library="diffusers",
     task=None,
@@ -149,7 +150,7 @@ def model_card(told: Told, progress: Progress, last_row: dict[str, float] | None
         "`experiment.json`, all losses in `history.jsonl`, samples from held-out pairs in `samples/`.",
         *(["Losses at the end (means of the last interval):", _table(["loss", "value"], losses)] if losses else []),
         "These are losses in training, not measures of quality: those come from `clipdit evaluate`."
-        if told.kind is TRANSLATOR
+        if told.kind in (TRANSLATOR, GENERATOR)
         else "These are losses in training, not measures of quality.",
         "## Versions and machine",
         _table(["", ""], [

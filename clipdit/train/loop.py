@@ -51,8 +51,9 @@ class TrainSettings:
     """Peak learning rate of AdamW."""
     warmup_steps: int = 200
     """Steps over which the rate rises linearly from zero."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """What the rate does after warm-up: stays, or falls to a tenth at the last step."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """What the rate does after warm-up: stays, falls to a tenth at the last step, or stays for half of the run and then falls to
+    zero, as with Pix2PixHD."""
     weight_decay: float = 0.01
     """Of weight matrices; vectors (biases, norms, tables) are never decayed."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -116,6 +117,8 @@ def learning_rate(settings: TrainSettings, step: int, spent: float = 0.0) -> flo
     if settings.schedule == "constant":
         return settings.lr
     done = max(spent, (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps))
+    if settings.schedule == "linear":
+        return settings.lr * min(1.0, max(0.0, 2 * (1 - done)))
     return settings.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 

@@ -16,8 +16,10 @@ from clipdit.backend import locate
 from clipdit.data.cache import build_cache, fingerprint
 from clipdit.data.layouts import Pair
 from clipdit.data.pairs import PairSet, find_pairs
-from clipdit.data.pixels import read_pixels
+from clipdit.data.pixels import PixelStore, read_pixels
+from clipdit.direct import Direct
 from clipdit.experiment import (
+    AdversarialExperiment,
     AutoencoderExperiment,
     ClipExperiment,
     DecoderExperiment,
@@ -33,9 +35,11 @@ from clipdit.model.autoencoder import VAE, Autoencoder, is_of_decoder, load_vae
 from clipdit.model.clip import ClipImageEncoder, load_clip
 from clipdit.model.dit import DiT
 from clipdit.model.ops import Ops
+from clipdit.model.pixels import Pixels
 from clipdit.pipeline import ClipDiTPipeline, load_checkpoint
 from clipdit.presets import PRESETS
 from clipdit.train import card
+from clipdit.train.adversarial import AdversarialTask
 from clipdit.train.autoencoder import AutoencoderTask
 from clipdit.train.clip import ClipTask, read_captions
 from clipdit.train.guard import check_plan, check_same_experiment
@@ -69,6 +73,8 @@ def run(
     match experiment:
         case TranslationExperiment():
             kind, task = card.TRANSLATOR, translation_task(experiment, pairs, val, out)
+        case AdversarialExperiment():
+            kind, task = card.GENERATOR, adversarial_task(experiment, pairs, val)
         case AutoencoderExperiment():
             train_pixels, held = read_pixels(pairs, size), read_pixels(val[:6], size)
             kind, task = card.AUTOENCODER, AutoencoderTask(experiment.model, train_pixels, held, batch, seed)
@@ -243,4 +249,24 @@ def translation_task(experiment: TranslationExperiment, pairs: Sequence[Pair], v
         drop=experiment.drop_condition,
         steps=experiment.steps,
         guidance=experiment.guidance,
+    )
+
+
+def adversarial_task(experiment: AdversarialExperiment, pairs: Sequence[Pair], val: Sequence[Pair]) -> AdversarialTask:
+    """Make the generator and what teaches it. `val` is for sample sheets. ValueError for a size that it cannot take."""
+    size, seed = (experiment.pairs.size, experiment.pairs.size), experiment.train.seed
+    torch.manual_seed(seed)
+    generator = experiment.model.make(experiment.pairs.size)
+    pipeline = ClipDiTPipeline(
+        generator, Pixels(), Direct().to_scheduler(), image_size=size, default_steps=1, default_guidance=1.0
+    )
+    held = val[:SHEET_ROWS]
+    return AdversarialTask(
+        pipeline,
+        experiment.loss,
+        PixelStore(pairs, size),
+        Held(pixels=read_pixels(held, size), names=[pair.id for pair in held]),
+        augment=experiment.pairs.augment,
+        batch=experiment.train.batch_size,
+        seed=seed,
     )

@@ -23,7 +23,7 @@ from clipdit.backend import Condition
 from clipdit.images import to_float, to_u8
 from clipdit.model.autoencoder import Autoencoder
 from clipdit.model.clip import ClipImageEncoder
-from clipdit.model.dit import Context, DiT, Modulation
+from clipdit.model.network import Context, Modulation, Network
 from clipdit.pipeline import ClipDiTPipeline
 from clipdit.sampling import SamplingTable, guide, sample
 from clipdit_export.names import whole_name
@@ -99,7 +99,7 @@ def decode(autoencoder: Autoencoder, latent: Tensor) -> tuple[Tensor, Tensor]:
     return to_u8(image), image.isfinite().flatten(1).all(1)
 
 
-def context_names(dit: DiT) -> tuple[str, ...]:
+def context_names(dit: Network) -> tuple[str, ...]:
     """The tensors of a `Context`, flattened: only those that this model has."""
     crossing = [i for i, block in enumerate(dit.blocks) if block.cross is not None]
     names = ["source_tokens"] if dit.reads_latent else []
@@ -112,7 +112,7 @@ def flatten(context: Context) -> tuple[Tensor, ...]:
     return (*first, *(tensor for pair in context.keys_values if pair is not None for tensor in pair))
 
 
-def unflatten(dit: DiT, tensors: tuple[Tensor, ...]) -> Context:
+def unflatten(dit: Network, tensors: tuple[Tensor, ...]) -> Context:
     """The inverse of `flatten`; without the pooled embedding, which acts through the modulation alone."""
     given = dict(zip(context_names(dit), tensors, strict=True))
     pairs = [(given[f"keys_{i}"], given[f"values_{i}"]) if f"keys_{i}" in given else None for i in range(len(dit.blocks))]
@@ -122,7 +122,7 @@ def unflatten(dit: DiT, tensors: tuple[Tensor, ...]) -> Context:
 class Conditioner(nn.Module):
     """tokens, pooled, latent -> what `context_names` lists, then pooled_embedding (B, D) where the model reads CLIP."""
 
-    def __init__(self, dit: DiT):
+    def __init__(self, dit: Network):
         super().__init__()
         self.dit = dit
 
@@ -131,12 +131,12 @@ class Conditioner(nn.Module):
         return flatten(context) if context.pooled is None else (*flatten(context), context.pooled)
 
 
-def condition_names(dit: DiT) -> tuple[str, ...]:
+def condition_names(dit: Network) -> tuple[str, ...]:
     """Those parts of a `Condition` that this model reads."""
     return (("tokens", "pooled") if dit.reads_clip else ()) + (("latent",) if dit.reads_latent else ())
 
 
-def condition_from(dit: DiT, given: tuple[Tensor, ...]) -> Condition:
+def condition_from(dit: Network, given: tuple[Tensor, ...]) -> Condition:
     """A condition of the parts that the model reads; the others stay empty."""
     parts = dict(zip(condition_names(dit), given, strict=True))
     empty = given[0].flatten(1)[:, :0]  # no len(): it would fix the batch that the graph was traced with
@@ -147,7 +147,7 @@ def condition_from(dit: DiT, given: tuple[Tensor, ...]) -> Condition:
 class ModulationPart(nn.Module):
     """t (B,), pooled_embedding (B, D) where the model reads CLIP -> blocks (B, L, 6, D), final (B, 2, D)."""
 
-    def __init__(self, dit: DiT):
+    def __init__(self, dit: Network):
         super().__init__()
         self.dit = dit
 
@@ -159,7 +159,7 @@ class ModulationPart(nn.Module):
 class Step(nn.Module):
     """x (B, C, h, w), blocks, final, what `context_names` lists -> velocity, like x."""
 
-    def __init__(self, dit: DiT):
+    def __init__(self, dit: Network):
         super().__init__()
         self.dit = dit
 
@@ -171,7 +171,7 @@ class Whole(nn.Module):
     """noise (B, C, h, w), source_u8 (B, 3, H, W) -> image_u8 (B, 3, H, W), finite (B,): a translation, its loop unrolled."""
 
     def __init__(
-        self, dit: DiT, autoencoder: Autoencoder, image_encoder: ImageEncoder | None, table: SamplingTable, guidance: float
+        self, dit: Network, autoencoder: Autoencoder, image_encoder: ImageEncoder | None, table: SamplingTable, guidance: float
     ):
         super().__init__()
         if table.stochastic:

@@ -325,7 +325,10 @@ DAMAGES = {
         index(vae=["transformers", "CLIPModel"]),
         "names transformers.CLIPModel as vae; wanted AutoencoderKL",
     ),
-    "code to import": (index(transformer=["os", "system"]), "names os.system as transformer; wanted DiT"),
+    "code to import": (
+        index(transformer=["os", "system"]),
+        "names os.system as transformer; wanted DiT or GlobalGenerator or UNet",
+    ),
     "class other than the configuration's": (
         index(vae=["diffusers", "AutoencoderTiny"]),
         "AutoencoderKL; wanted AutoencoderTiny",

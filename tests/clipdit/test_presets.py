@@ -24,7 +24,7 @@ def test_every_preset_can_be_built_and_says_what_it_is(name: str):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_presets_batch_can_be_shared_by_two_processes(name: str):
-    assert PRESETS[name]().train.batch_size % 2 == 0
+    assert PRESETS[name]().train.batch_size % 2 == 0 or name == "pix2pixhd", "which is published with batches of one"
 
 
 @pytest.mark.parametrize("name", TRANSLATIONS)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clipdit.backend import Condition, Limits
-from clipdit.model.dit import DiT
+from clipdit.model.network import Network
 from clipdit.pipeline import ClipDiTPipeline, load_checkpoint
 from clipdit.sampling import SamplingTable
 from clipdit.shapes import ImageU8, Latent, Time
@@ -29,7 +29,7 @@ PARTS = ("image_encoder", "vae_encoder", "vae_decoder")
 class Forward(nn.Module):
     """x, t, those parts of a `Condition` that the model reads -> prediction: `DiT.forward`."""
 
-    def __init__(self, dit: DiT):
+    def __init__(self, dit: Network):
         super().__init__()
         self.dit = dit
 

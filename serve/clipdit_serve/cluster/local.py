@@ -3,19 +3,16 @@
 import json as json_module
 import logging
 import os
-import secrets
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from clipdit_serve import own_ray
 from clipdit_serve.cluster import border
 
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_ENABLE_HA_PROXY": "0",  # it would listen at every address, past border.py, and end after half a minute
     # Routing and our code in one thread, which waits and never computes: hand-overs between threads cost milliseconds.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -32,8 +29,7 @@ ENVIRONMENT = {
 def cluster(*, address: str | None, cpus: int, json: bool, without: str) -> Iterator[None]:
     """A Ray cluster around the block.
 
-    One that is started listens at this machine's own address, has no dashboard, and answers only who knows a token that nobody
-    else has; it ends with the block, and its files go.
+    One that is started is closed to everybody else (`own_ray`); it ends with the block, and its files go.
 
     Args:
         address: of a cluster that runs already; None starts one.
@@ -42,47 +38,32 @@ def cluster(*, address: str | None, cpus: int, json: bool, without: str) -> Iter
         without: an environment variable that its processes must not have.
     """
     folder = None
-    if address is None:  # Ray looks for these when it is imported
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        folder = tempfile.mkdtemp(prefix="clipdit-ray-")  # short: paths of sockets are
+    if address is None:
+        own_ray.prepare()
     import ray
     import ray.serve
-    from ray._private import ray_constants
     from ray._private import worker as ray_worker
     from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
     hidden = os.environ.pop(without, None)
     os.environ |= ENVIRONMENT
-    started = {
-        "num_cpus": cpus,
-        "include_dashboard": False,
-        "_node_ip_address": "127.0.0.1",
-        "_temp_dir": folder,
-    }
-    clustered = ray_constants.ENABLE_RAY_CLUSTER
-    # False is what Ray itself says on macOS: then it listens at the loopback address, and else at every one
-    ray_constants.ENABLE_RAY_CLUSTER = address is not None
     try:
-        ray.init(
-            address="local" if address is None else address,
-            namespace="clipdit",
-            logging_level=logging.ERROR,
-            log_to_driver=True,
-            **(started if address is None else {}),
-        )
+        if address is None:
+            folder = own_ray.start(cpus, namespace="clipdit", log_to_driver=True)
+        else:
+            ray.init(address=address, namespace="clipdit", logging_level=logging.ERROR, log_to_driver=True)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         ray_worker._worker_logs_enabled = False  # it would print to the output that belongs to the one line with the address
         global_worker_stdstream_dispatcher.add_handler("clipdit", lambda data: _print(data, json))
         yield
     finally:
         ray.shutdown()
-        ray_constants.ENABLE_RAY_CLUSTER = clustered
         if hidden is not None:
             os.environ[without] = hidden
         global_worker_stdstream_dispatcher.remove_handler("clipdit")
         ray_worker._worker_logs_enabled = True
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            own_ray.remove(folder)
 
 
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"

@@ -1,19 +1,16 @@
-"""A Ray to run on: the cluster that RAY_ADDRESS names, or one of our own that ends with this process.
-
-Whoever reaches Ray's ports can run programs, so our own listens on 127.0.0.1 alone, asks for a token, and has no dashboard. It is
-never looked for: a Ray that a killed process left behind, or that somebody else runs on this machine, is not touched.
-"""
+"""A Ray to run on: the cluster that RAY_ADDRESS names, or one of our own that ends with this process."""
 
 import ipaddress
 import logging
 import os
-import secrets
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
+
+from clipdit_serve import own_ray
 
 logger = logging.getLogger(__name__)
 
@@ -34,22 +31,19 @@ class Cluster:
     def __init__(self, cpus: int):
         _before_ray_is_imported()
         import ray
-        from ray._private import ray_constants
 
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         address = os.environ.get("RAY_ADDRESS")
         self.own = address is None
+        self._folder: str | None = None
         if address is not None:
             try:
-                ray.init(address=address, **quiet)
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise ValueError(f"RAY_ADDRESS is {address}, where no Ray answers: {error}") from error
         else:
             cpus = max(MIN_CPUS, os.cpu_count() or 1, cpus)
-            ray_constants.ENABLE_RAY_CLUSTER = False  # also where somebody else imported Ray before; see below
-            # "local" is always a new one; by default Ray would join what it finds on this machine
             try:
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+                self._folder = own_ray.start(cpus, log_to_driver=False)
             except Exception as error:  # a plain Exception, where the machine is too busy for it to start in time
                 raise ValueError(f"Ray could not be started: {' '.join(str(error).split())[:300]}") from error
             host = ray.util.get_node_ip_address()
@@ -94,6 +88,8 @@ class Cluster:
             within(30.0, ray.shutdown)
         except Exception as error:
             logger.warning("Ray did not end by itself: %s", error)
+        if self._folder is not None:
+            own_ray.remove(self._folder)
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
@@ -121,16 +117,11 @@ def _before_ray_is_imported() -> None:
     """Ray and the processes it starts read these; whoever has set them, or imported Ray before, keeps the last word."""
     if "ray" in sys.modules:
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its errors that matter become ours; others are advice to developers
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # tasks without a GPU keep CUDA_VISIBLE_DEVICES: a warning less
+    # its errors that matter become ours; others are advice to developers
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # tasks without a GPU keep CUDA_VISIBLE_DEVICES: a warning less
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if "RAY_ADDRESS" in os.environ:
-        return
-    # Ray takes 127.0.0.1 for "this machine" and listens where other machines reach it, unless it may have no cluster at all, as
-    # on macOS. The name of the variable is Ray's.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    else:
+        own_ray.prepare()
