@@ -10,6 +10,8 @@ from pathlib import Path
 
 import tyro
 
+from clipdit.backend import BUILT_IN
+from clipdit.consistency import Consistency
 from clipdit.data.augment import Augment
 from clipdit.data.layouts import Direction
 from clipdit.diffusion import DDPM
@@ -133,6 +135,28 @@ class TranslationExperiment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudentExperiment:
+    """A checkpoint and pairs -> a checkpoint that needs 1 to 4 steps and no guidance for what the first one does in 20."""
+
+    teacher: str = BUILT_IN
+    """The checkpoint to learn from, trained by flow matching; its DiT, VAE, CLIP and size are the student's, too."""
+    guidance: float | None = None
+    """With which the teacher is followed; its default if not given."""
+    pairs: PairSettings = field(default_factory=PairSettings)
+    objective: Consistency = field(default_factory=Consistency)
+    loss: LossSettings = field(default_factory=LossSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    steps: int = 1
+    """Default sampling steps of the checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; wanted at least 1")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ValueError(f"guidance is {self.guidance}; wanted a finite number")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdversarialExperiment:
     """Pairs -> a checkpoint that translates in one step: a generator, taught by a discriminator."""
 
@@ -177,7 +201,9 @@ class ClipExperiment:
     train: TrainSettings = field(default_factory=TrainSettings)
 
 
-Experiment = TranslationExperiment | AdversarialExperiment | AutoencoderExperiment | DecoderExperiment | ClipExperiment
+Experiment = (
+    TranslationExperiment | StudentExperiment | AdversarialExperiment | AutoencoderExperiment | DecoderExperiment | ClipExperiment
+)
 
 
 def to_json(experiment: Experiment, preset: str) -> dict:

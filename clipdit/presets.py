@@ -18,10 +18,12 @@ from clipdit.experiment import (
     Experiment,
     ModelSettings,
     PairSettings,
+    StudentExperiment,
     TranslationExperiment,
 )
 from clipdit.train.adversarial import AdversarySettings, GlobalGeneratorSettings
 from clipdit.train.loop import TrainSettings
+from clipdit.train.translation import LossSettings
 
 
 def emoji_vae() -> AutoencoderExperiment:
@@ -134,6 +136,15 @@ def yardstick() -> TranslationExperiment:
     )
 
 
+def student() -> StudentExperiment:
+    """A few-step student of a checkpoint (--teacher) by consistency distillation: 1 to 4 steps instead of 20, no guidance."""
+    return StudentExperiment(
+        pairs=edges2emoji().pairs,
+        loss=LossSettings(perceptual=1.0),
+        train=TrainSettings(steps=5_000, batch_size=64, lr=3e-4, ema_decay=0.999),
+    )
+
+
 AS_PUBLISHED: dict[str, Any] = {
     "lr": 2e-4, "betas": (0.5, 0.999), "weight_decay": 0.0, "warmup_steps": 0, "ema_decay": 0.0, "clip_norm": 1e9,
 }  # fmt: skip
@@ -173,7 +184,7 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
     function.__name__: function
     for function in (
         edges2emoji, edges2shoes, face2comics, paper_edges2shoes, paper_face2comics, paper_edges2emoji, yardstick,
-        pix2pix, pix2pixhd,
+        student, pix2pix, pix2pixhd,
         emoji_vae, vae_decoder, emoji_clip,
     )
 }  # fmt: skip

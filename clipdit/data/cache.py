@@ -57,12 +57,17 @@ class LatentCache:
             self.about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
             self.views: int = self.about["views"]
             self.pairs: int = self.about["pairs"]
-            self.statistics = Statistics(**self.about["statistics"])
+            statistics = Statistics(**self.about["statistics"])
             self._parts = {p: np.load(folder / f"{p}.npy", mmap_mode="r") for p in PARTS if (folder / f"{p}.npy").exists()}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"the cache {folder} is damaged ({error}); delete that folder, and it is made again") from error
-        self._mean = torch.tensor(self.statistics.mean).reshape(1, -1, 1, 1)
-        self._std = torch.tensor(self.statistics.std).reshape(1, -1, 1, 1)
+        self.standardise_by(statistics)
+
+    def standardise_by(self, statistics: Statistics) -> None:
+        """From now on latents come standardised by these, which a network learnt to read, and not by those of these targets."""
+        self.statistics = statistics
+        self._mean = torch.tensor(statistics.mean).reshape(1, -1, 1, 1)
+        self._std = torch.tensor(statistics.std).reshape(1, -1, 1, 1)
 
     def rows(self, indices: Int[np.ndarray, "B"]) -> Batch:
         """Rows as float32 tensors, latents standardised: target and source (B, C, h, w), tokens (B, M, E), pooled (B, P)."""

@@ -1,9 +1,10 @@
 """From a preset and a data folder to a run: reads the pairs, loads or makes the networks, trains, writes the model card."""
 
+import copy
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import cast
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPVisionModelWithProjection
 
 from clipdit.backend import locate
-from clipdit.data.cache import build_cache, fingerprint
+from clipdit.data.cache import Statistics, build_cache, fingerprint
 from clipdit.data.layouts import Pair
 from clipdit.data.pairs import PairSet, find_pairs
 from clipdit.data.pixels import PixelStore, read_pixels
@@ -25,15 +26,18 @@ from clipdit.experiment import (
     DecoderExperiment,
     Experiment,
     PairSettings,
+    StudentExperiment,
     TranslationExperiment,
     to_json,
     write_experiment,
 )
 from clipdit.files import write_atomically
+from clipdit.flow import FlowMatching
 from clipdit.losses import PerceptualLoss
 from clipdit.model.autoencoder import VAE, Autoencoder, is_of_decoder, load_vae
 from clipdit.model.clip import ClipImageEncoder, load_clip
 from clipdit.model.dit import DiT
+from clipdit.model.network import Network
 from clipdit.model.ops import Ops
 from clipdit.model.pixels import Pixels
 from clipdit.pipeline import ClipDiTPipeline, load_checkpoint
@@ -47,6 +51,7 @@ from clipdit.train.loop import train
 from clipdit.train.processes import from_main, main_first, processes
 from clipdit.train.record import read_history
 from clipdit.train.state import STATE_FILE, Progress, read_progress
+from clipdit.train.student import Teacher
 from clipdit.train.translation import Held, TranslationTask
 
 logger = logging.getLogger(__name__)
@@ -68,11 +73,13 @@ def run(
     plain["data"] = {"layout": found.layout, "pairs": len(pairs), "pairs_sha256": names[:16]}
     size = (experiment.pairs.size, experiment.pairs.size)
     batch, seed = experiment.train.batch_size, experiment.train.seed
-    if experiment.train.fused and not isinstance(experiment, TranslationExperiment):
+    if experiment.train.fused and not isinstance(experiment, TranslationExperiment | StudentExperiment):
         raise ValueError(f"train.fused is for presets that train a DiT, and {preset} trains none; leave it out")
     match experiment:
         case TranslationExperiment():
             kind, task = card.TRANSLATOR, translation_task(experiment, pairs, val, out)
+        case StudentExperiment():
+            kind, task = card.TRANSLATOR, student_task(experiment, pairs, val, out)
         case AdversarialExperiment():
             kind, task = card.GENERATOR, adversarial_task(experiment, pairs, val)
         case AutoencoderExperiment():
@@ -196,44 +203,98 @@ def translation_task(experiment: TranslationExperiment, pairs: Sequence[Pair], v
 
     ValueError for whatever does not fit together; said before the minutes of caching."""
     settings, model = experiment.train, experiment.model
-    size = (experiment.pairs.size, experiment.pairs.size)
     vae = load_vae(locate(experiment.vae)).eval()
     bare = Autoencoder(vae)
     check_size(experiment.pairs, bare.downscale, model.patch)
     reads_clip = model.conditioning != "concat"
     wants_clip = reads_clip or experiment.loss.clip_similarity > 0
     encoder = load_clip(locate(experiment.clip)).eval() if wants_clip and experiment.clip else None
-    clip = ClipImageEncoder(encoder) if encoder is not None else None
-    perceptual = PerceptualLoss(experiment.loss.perceptual_network) if experiment.loss.perceptual else None
+    clip = ClipImageEncoder(encoder) if encoder is not None and reads_clip else None
     torch.manual_seed(settings.seed)
     dit = model.make(
         latent_channels=bare.latent_channels,
-        clip_token_width=clip.token_width if clip is not None and reads_clip else 1,
-        clip_embedding_width=clip.embedding_width if clip is not None and reads_clip else 1,
+        clip_token_width=clip.token_width if clip is not None else 1,
+        clip_embedding_width=clip.embedding_width if clip is not None else 1,
     )
     if experiment.init is not None:
         begin_from(locate(experiment.init), dit, vae, encoder if reads_clip else None)
+    parts = Parts(dit=dit, vae=vae, encoder=encoder, guidance=experiment.guidance, drop=experiment.drop_condition)
+    return _on_latents(experiment, parts, pairs, val, out)
+
+
+def student_task(experiment: StudentExperiment, pairs: Sequence[Pair], val: Sequence[Pair], out: Path) -> TranslationTask:
+    """Load the teacher, copy its DiT, and fill the cache or find it filled. `val` is for sample sheets.
+
+    ValueError for a teacher that is none, or of another size."""
+    given = load_checkpoint(locate(experiment.teacher))
+    dit: Network = given.transformer
+    if not isinstance(dit, DiT) or not isinstance(given.objective, FlowMatching):
+        kind = type(given.objective if isinstance(dit, DiT) else dit).__name__
+        raise ValueError(f"--teacher {experiment.teacher} is of {kind}; a student learns from a DiT trained by FlowMatching")
+    if (experiment.pairs.size,) * 2 != given.native_size:
+        height, width = given.native_size
+        raise ValueError(
+            f"pairs.size is {experiment.pairs.size}; wanted the size of --teacher {experiment.teacher}, {width} x {height}"
+        )
+    followed = given.sampling_defaults.guidance if experiment.guidance is None else experiment.guidance
+    teacher = Teacher(copy.deepcopy(dit), guidance=followed, intervals=experiment.objective.intervals)
+    mean, std = given.config["latents_mean"], given.config["latents_std"]
+    parts = Parts(
+        dit=dit.requires_grad_(True).train(),
+        vae=given.vae,
+        encoder=given.image_encoder,
+        teacher=teacher,
+        statistics=Statistics(mean=mean, std=std) if mean is not None and std is not None else None,
+    )
+    return _on_latents(experiment, parts, pairs, val, out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a DiT is trained with."""
+
+    dit: DiT
+    vae: VAE
+    encoder: CLIPVisionModelWithProjection | None
+    guidance: float = 1.0
+    """Default of the checkpoint."""
+    drop: float = 0.0
+    """Share of the images whose source is withheld."""
+    teacher: Teacher | None = None
+    statistics: Statistics | None = None
+    """Of the latents that the DiT knows; None are those of these targets."""
+
+
+def _on_latents(
+    experiment: TranslationExperiment | StudentExperiment, parts: Parts, pairs: Sequence[Pair], val: Sequence[Pair], out: Path
+) -> TranslationTask:
+    settings, dit = experiment.train, parts.dit
+    size = (experiment.pairs.size, experiment.pairs.size)
+    perceptual = PerceptualLoss(experiment.loss.perceptual_network) if experiment.loss.perceptual else None
+    clip = ClipImageEncoder(parts.encoder) if parts.encoder is not None else None
     if settings.gradient_checkpointing:
         dit.enable_gradient_checkpointing()
     device = cast(torch.device, processes().device)
     if settings.fused:
         dit.use(fused_operations(device))
-    bare.to(device)
+    bare = Autoencoder(parts.vae).to(device)
     if clip is not None:
         clip.to(device)
     folder = experiment.pairs.cache or out / "cache"
-    seen = clip if reads_clip else None
+    seen = clip if dit.reads_clip else None
     cache = main_first(lambda: build_cache(folder, pairs, bare, seen, experiment.pairs.augment, size=size))
+    if parts.statistics is not None:
+        cache.standardise_by(parts.statistics)
     pipeline = ClipDiTPipeline(
         dit,
-        vae,
+        parts.vae,
         experiment.objective.to_scheduler(),
-        encoder if reads_clip else None,
+        parts.encoder if dit.reads_clip else None,
         latents_mean=cache.statistics.mean,
         latents_std=cache.statistics.std,
         image_size=size,
         default_steps=experiment.steps,
-        default_guidance=experiment.guidance,
+        default_guidance=parts.guidance,
     )
     held = val[:SHEET_ROWS]
     return TranslationTask(
@@ -246,9 +307,10 @@ def translation_task(experiment: TranslationExperiment, pairs: Sequence[Pair], v
         perceptual=perceptual,
         batch=settings.batch_size,
         seed=settings.seed,
-        drop=experiment.drop_condition,
+        drop=parts.drop,
         steps=experiment.steps,
-        guidance=experiment.guidance,
+        guidance=parts.guidance,
+        teacher=parts.teacher,
     )
 
 

@@ -4,6 +4,7 @@ The pixel losses (both of the paper) look at the clean image that the prediction
 is little noise: elsewhere the estimate is a blur, and no picture that one could judge.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from clipdit.sampling import guide, sample, seeded_noise
 from clipdit.sheets import contact_sheet
 from clipdit.train.order import batch_indices, step_generator
 from clipdit.train.state import save_tensors
+from clipdit.train.student import Teacher
 from clipdit.train.task import Batch, Losses
 
 
@@ -75,6 +77,7 @@ class TranslationModule(nn.Module):
     Args:
         perceptual: (output, target) in [-1, 1] -> a distance an image; None where loss.perceptual is 0.
         clip: None where loss.clip_similarity is 0.
+        teacher: says what the DiT should predict; None leaves that to the objective and the target.
     """
 
     def __init__(
@@ -86,9 +89,10 @@ class TranslationModule(nn.Module):
         autoencoder: Autoencoder,
         clip: ClipImageEncoder | None = None,
         perceptual: nn.Module | None = None,
+        teacher: Teacher | None = None,
     ):
         super().__init__()
-        self.dit, self.objective, self.loss = dit, objective, loss
+        self.dit, self.objective, self.loss, self.teacher = dit, objective, loss, teacher
         if loss.clip_similarity and clip is None:
             raise ValueError("loss.clip_similarity needs a CLIP image encoder; give --clip, or set it to 0")
         assert perceptual is not None or not loss.perceptual
@@ -102,16 +106,19 @@ class TranslationModule(nn.Module):
         condition = condition.map(lambda x: x * keep.reshape(-1, *[1] * (x.ndim - 1)))
         noised = self.objective.noised(batch["target"], batch["noise"], batch["time"])
         prediction = self.dit(noised.x, noised.t, condition).float()
-        error = (prediction - noised.prediction_target).square().mean((1, 2, 3))
+        wanted = noised.prediction_target
+        if self.teacher is not None:
+            wanted = self.teacher.chord(self.dit, noised.x, noised.t, condition)
+        error = (prediction - wanted).square().mean((1, 2, 3))
         losses = {"reconstruction": noised.weight * error}
         if self.loss.pixels:
-            losses |= self._pixel_losses(batch, noised.x, noised.t, prediction)  # pyright: ignore[reportCallIssue]  (the decorator)
+            losses |= self._pixel_losses(batch, noised.x, noised.t, prediction, wanted)  # pyright: ignore[reportCallIssue]  (the decorator)
         return losses
 
     # Outside of what --train.compile compiles: another number of images in every step means minutes of compiling, and PyTorch
     # 2.15 cannot compile the gradient of CLIP's bicubic resizing of a batch whose size changes.
     @torch.compiler.disable
-    def _pixel_losses(self, batch: Batch, x: Tensor, t: Tensor, prediction: Tensor) -> Losses:
+    def _pixel_losses(self, batch: Batch, x: Tensor, t: Tensor, prediction: Tensor, wanted: Tensor) -> Losses:
         """Per image; 0 where the gate is closed. Divided by the share of images looked at, so factors do not depend on it."""
         assert self.autoencoder is not None
         chosen = (batch["look"] & (self.objective.signal_level(t) >= self.loss.gate)).nonzero()[:, 0]
@@ -120,15 +127,16 @@ class TranslationModule(nn.Module):
         if not len(chosen):
             return {name: zeros + 0.0 * prediction.sum() for name in names}
         estimate = self.objective.estimate_target(x, t, prediction)[chosen]
-        target = batch["target"][chosen]
+        target = batch["target"] if self.teacher is None else self.objective.estimate_target(x, t, wanted)
+        target = target[chosen]
         if self.loss.crop:
             estimate, target = (_crop(z, batch["corner"][chosen], self.loss.crop) for z in (estimate, target))
-        output, wanted = self.autoencoder.decode(estimate).float(), self.autoencoder.decode(target).float()
+        output, pixels = self.autoencoder.decode(estimate).float(), self.autoencoder.decode(target).float()
         losses = {}
         if self.clip is not None:
-            losses["clip_similarity"] = ClipSimilarityLoss(self.clip)(output, wanted)
+            losses["clip_similarity"] = ClipSimilarityLoss(self.clip)(output, pixels)
         if self.perceptual is not None:
-            losses["perceptual"] = self.perceptual(output, wanted)
+            losses["perceptual"] = self.perceptual(output, pixels)
         share = max(self.loss.fraction, 1e-6)
         return {name: zeros.index_put((chosen,), value.to(zeros.dtype) / share) for name, value in losses.items()}
 
@@ -139,6 +147,11 @@ def _crop(latent: Tensor, corner: Tensor, side: int) -> Tensor:
     h, w = min(side, height), min(side, width)
     tops, lefts = (corner[:, 0] * (height - h + 1)).long().tolist(), (corner[:, 1] * (width - w + 1)).long().tolist()
     return torch.stack([z[:, a : a + h, b : b + w] for z, a, b in zip(latent, tops, lefts, strict=True)])
+
+
+def _fresh(seed: int, like: Tensor, row: int) -> Tensor:
+    """The noise that a stochastic sampler adds after a row, as `Translator` draws it."""
+    return seeded_noise([seed] * len(like), tuple(like.shape[1:]), like.device, draw=row + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +182,7 @@ class TranslationTask:
         drop: float,
         steps: int,
         guidance: float,
+        teacher: Teacher | None = None,
     ):
         """`pipeline` is the checkpoint whose DiT is trained; `objective` its own, with what matters in training only."""
         self.pipeline, self.dit, self.objective, self.loss = pipeline, pipeline.transformer, objective, loss
@@ -176,7 +190,7 @@ class TranslationTask:
         self.clip, self.cache, self.held = clip.eval() if clip else None, cache, held
         self.batch, self.seed, self.drop, self.steps, self.guidance = batch, seed, drop, steps, guidance
         self.module = TranslationModule(
-            self.dit, objective, loss, autoencoder=self.autoencoder, clip=self.clip, perceptual=perceptual
+            self.dit, objective, loss, autoencoder=self.autoencoder, clip=self.clip, perceptual=perceptual, teacher=teacher
         )
         factors = {n: getattr(loss, n) for n in ("reconstruction", "clip_similarity", "perceptual")}
         self.weights = {name: factor for name, factor in factors.items() if factor}
@@ -215,7 +229,9 @@ class TranslationTask:
         columns = {"source": source}
         for seed in (0, 1):
             noise = seeded_noise([seed] * len(source), tuple(condition.latent.shape[1:]), device)
-            latent = sample(guide(self.dit, condition, self.guidance), noise, self.objective.table(self.steps))
+            fresh = functools.partial(_fresh, seed, noise)
+            table = self.objective.table(self.steps)
+            latent = sample(guide(self.dit, condition, self.guidance), noise, table, step_noise=fresh)
             columns[f"output, seed {seed}"] = to_u8(self.autoencoder.decode(latent)).cpu()
         columns["target"] = target
         write_image(path, contact_sheet(columns, blocks=2, tile_px=112))
