@@ -8,11 +8,13 @@ WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # where kernels/ would be found as a package.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONSAFEPATH=1
 
-.PHONY: help demo test test-slow test-triton fuzz audit mutants lint format freeze picture clean
+.PHONY: help demo results test test-slow test-triton fuzz audit mutants lint format freeze picture clean
 
 help:
 	@echo "make demo       translate the sample drawings with the built-in checkpoint; writes demo/report.html"
 	@echo "make test       the tests"
+	@echo "make results    Pix2Pix, Pix2PixHD, the paper's recipe, ours and a student, each trained for MINUTES=30 on DATA=pairs/emoji; into"
+	@echo "                results/. OPTIONS=\"--ablations --seeds 0 1 2\" and the like are those of \`clipdit results --help\`"
 	@echo "make test-slow  the tests that take minutes: training that is killed, two processes, real quality"
 	@echo "make mutants    bugs put into the kernels one by one: the tests must find each"
 	@echo "make fuzz       five minutes of damaged uploads for the decoder; SECONDS=60 is shorter, and finds are kept in fuzz/"
@@ -27,6 +29,15 @@ help:
 
 demo: .venv/installed
 	$(BIN)/clipdit demo --out demo
+
+DATA ?= pairs/emoji
+MINUTES ?= 30
+
+results: .venv/installed $(DATA)
+	$(BIN)/clipdit results --data $(DATA) --out results --minutes $(MINUTES) $(OPTIONS)
+
+pairs/emoji:
+	$(BIN)/clipdit data emoji --out $@
 
 test: .venv/installed
 	$(TEST_ENV) $(BIN)/pytest -n $(WORKERS) --dist loadgroup -m "not slow"

@@ -1,0 +1,127 @@
+"""What a comparison found, as JSON and as Markdown."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from clipdit.provenance import provenance
+from clipdit.results.comparison import Plan, Variant, evaluations, run_folder
+from clipdit.results.methods import METHODS
+from clipdit.train.record import read_history
+
+FORMAT = "clipdit-results-1"
+
+COLUMNS: dict[str, tuple[tuple[str, ...], str, int]] = {
+    "KID": (("realism", "kid_efficientnet_lite0", "mean"), ".3f", -1),
+    "FD": (("realism", "fd_efficientnet_lite0", "value"), ".0f", -1),
+    "edge F1": (("faithfulness", "edge_f1"), ".2f", 1),
+    "CLIP to source": (("faithfulness", "clip_similarity_to_source"), ".3f", 1),
+    "PSNR": (("distance_to_target", "psnr_db", "mean"), ".1f", 1),
+    "best PSNR": (("distance_to_target", "psnr_db", "best"), ".1f", 1),
+    "SSIM": (("distance_to_target", "ssim", "mean"), ".2f", 1),
+    "ST-LPIPS": (("distance_to_target", "st_lpips_alex", "mean"), ".3f", -1),
+    "best ST-LPIPS": (("distance_to_target", "st_lpips_alex", "best"), ".3f", -1),
+    "LPIPS": (("distance_to_target", "lpips_alex", "mean"), ".3f", -1),
+    "CLIP to target": (("distance_to_target", "clip_similarity_to_target", "mean"), ".3f", 1),
+    "spread": (("diversity", "pairwise_st_lpips_alex"), ".3f", 0),
+    "failed": (("failures", "any"), ".0f", -1),
+}
+"""Heading -> where it stands in a row of an evaluation, how it is written, and whether more (1) or less (-1) is better."""
+
+FLOORS = {"copy_source": "copy of the source", "mean_target": "mean training target", "real": "the real targets"}
+
+
+def results(plan: Plan, out: Path, failed: dict[str, str]) -> dict[str, Any]:
+    """Everything, ready for json.dumps: the plan, and of each row the values by seed."""
+    latency_file = out / "latency.json"
+    latency = json.loads(latency_file.read_text(encoding="utf-8")) if latency_file.exists() else {"latency": {}}
+    rows: list[dict[str, Any]] = []
+    last: list[dict] = []
+    for variant, reports in evaluations(plan, out):
+        last = reports
+        row: dict[str, Any] = {"name": variant.name, "label": variant.label, "role": METHODS[variant.method].role}
+        row |= {"about": METHODS[variant.method].about, "training": [_training(plan, variant, s, out) for s in plan.seeds]}
+        row["ms_per_image"] = latency["latency"].get(variant.name)
+        row["values"] = {heading: _values(reports, "model", path) for heading, (path, _, _) in COLUMNS.items()}
+        row["of"] = reports[0]["rows"]["model"]["failures"]["of"]
+        rows.append(row)
+    for name, label in FLOORS.items():
+        if last:
+            values = {heading: _values(last[:1], name, path) for heading, (path, _, _) in COLUMNS.items()}
+            rows.append({"name": name, "label": label, "role": "floor", "values": values, "of": len(last[0]["by_image"])})
+    protocol = last[0]["protocol"] if last else {}
+    plain = {"format": FORMAT, **provenance(), "plan": plan.to_json(), "protocol": protocol, "failed": failed, "rows": rows}
+    plain["latency_device"] = latency.get("device")
+    return plain
+
+
+def _values(reports: list[dict], row: str, path: tuple[str, ...]) -> list[float]:
+    """The value in each report that has one."""
+    found = []
+    for report in reports:
+        value: Any = report["rows"].get(row, {})
+        for word in path:
+            value = value.get(word) if isinstance(value, dict) else None
+        if value is not None:
+            found.append(value)
+    return found
+
+
+def _training(plan: Plan, variant: Variant, seed: int, out: Path) -> dict[str, float]:
+    """How far the run came: steps, images, parameters are in its card."""
+    rows = read_history(run_folder(out, variant.method, seed))
+    return {"seed": seed, "steps": int(rows[-1]["step"])} if rows else {"seed": seed}
+
+
+def markdown(plain: dict[str, Any]) -> str:
+    """The tables, with what a reader must know to believe them."""
+    plan, rows = plain["plan"], plain["rows"]
+    seeds = plan["seeds"]
+    shown = [heading for heading in COLUMNS if any(row["values"][heading] for row in rows)]
+    best = {heading: _best(rows, heading) for heading in shown}
+    header = ["", "steps trained", *shown, "ms an image"]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        trained = "/".join(str(t["steps"]) for t in row.get("training", []) if "steps" in t)
+        cells = [_cell(row, heading, best[heading]) for heading in shown]
+        time = row.get("ms_per_image")
+        lines.append([row["label"], trained, *cells, f"{time['median']:.0f}" if time else ""])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    cpu = plain["hardware"]
+    machine = ", ".join(cpu["gpus"]) or f"{cpu['cpu']}, {cpu['cores']} cores"
+    protocol = plain["protocol"]
+    size = protocol.get("size_px", ["?", "?"])
+    about = [f"- **{row['label']}**: {row['about']}" for row in rows if "about" in row and "steps" not in row["label"]]
+    spread = "mean ± standard deviation over seeds" if len(seeds) > 1 else "one seed, so without an interval"
+    parts = [
+        f"# {plan['data']}: the comparison",
+        f"{plan['minutes']:g} minutes of training each on {machine}, {protocol.get('pairs', '?')} unseen pairs at {size[1]} x "
+        f"{size[0]} px, {plan['best_of']} samples a source; seeds {', '.join(map(str, seeds))}: {spread}. The best of what was "
+        "trained is bold. Every metric: docs/metrics.md.",
+        table,
+        "\n".join(about),
+    ]
+    if plain["failed"]:
+        parts.append("Not done: " + "; ".join(f"{name}: {reason}" for name, reason in plain["failed"].items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _best(rows: list[dict[str, Any]], heading: str) -> str | None:
+    """The name of the row that is ahead; floors take no part."""
+    direction = COLUMNS[heading][2]
+    trained = [row for row in rows if row["role"] != "floor" and row["values"][heading]]
+    values = {row["name"]: statistics.mean(row["values"][heading]) for row in trained}
+    return max(values, key=lambda name: direction * values[name]) if values and direction else None
+
+
+def _cell(row: dict[str, Any], heading: str, best: str | None) -> str:
+    values, form = row["values"][heading], COLUMNS[heading][1]
+    if not values:
+        return ""
+    text = format(statistics.mean(values), form)
+    if len(values) > 1:
+        text += f" ± {format(statistics.stdev(values), form)}"
+    if heading == "failed":
+        text += f"/{row['of']}"
+    return f"**{text}**" if row["name"] == best else text
