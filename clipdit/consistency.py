@@ -78,7 +78,7 @@ class Consistency:
             raise ValueError(f"sampling steps is {steps}; wanted at least 1")
         grid = [shift_time(i / steps, self.shift) for i in range(steps)] + [1.0]
         rows = (Row(time=now, a=then, b=then * (1 - now), d=1 - then) for now, then in itertools.pairwise(grid))
-        return SamplingTable(solver=SOLVER, steps=steps, rows=tuple(rows))
+        return SamplingTable(solver=SOLVER, steps=steps, rows=tuple(rows), guidable=False)
 
     def to_scheduler(self) -> SchedulerMixin:
         """As `FlowMatching.to_scheduler`: its velocity is minus ours, its sigma 1 - t; give it the sigmas 1 - i / steps."""

@@ -81,7 +81,10 @@ class Translator:
         chosen = replace(self.defaults, **{name: value for name, value in sampling.items() if value is not None})
         if not math.isfinite(chosen.guidance):
             raise ValueError(f"guidance is {chosen.guidance}; wanted a finite number, 1 for none")
-        return replace(chosen, guidance=float(chosen.guidance), solver=self._table(chosen).solver)
+        table = self._table(chosen)
+        if chosen.guidance != 1 and not table.guidable:
+            raise ValueError(f"guidance is {chosen.guidance}; this model was trained without, and takes 1")
+        return replace(chosen, guidance=float(chosen.guidance), solver=table.solver)
 
     @torch.inference_mode()
     def __call__(

@@ -148,10 +148,9 @@ def architecture(pipeline: ClipDiTPipeline, title: str) -> Figure:
     kind = {"FlowMatching": "velocity", "DDPM": "noise", "Consistency": "way to the end"}[type(pipeline.objective).__name__]
     guided = pipeline.sampling_defaults.guidance
     loop = f"{kind}; {steps} steps of {pipeline.objective.solver}" + (f"\nguidance {guided:g}" if guided != 1 else "")
-    axis.annotate(
-        "", xy=(70, 34.5), xytext=(74, 30), arrowprops={"arrowstyle": "-", "color": INK, "connectionstyle": "arc3,rad=0.4"}
-    )
-    axis.text(71, 35.5, loop, fontsize=8.5, color=INK)
+    turn = {"arrowstyle": "-|>", "color": INK, "connectionstyle": "arc3,rad=-0.6", "shrinkA": 4, "shrinkB": 4}
+    axis.annotate("", xy=(78, 4.5), xytext=(78, 15.5), arrowprops=turn)
+    axis.text(83, 8, loop, fontsize=8.5, color=INK)
     _box(axis, 84, 17, 14, 9, "VAE decoder", vae)
     _arrow(axis, (78, 21.5), (84, 21.5))
     _arrow(axis, (98, 21.5), (103, 21.5))

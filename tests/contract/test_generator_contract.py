@@ -49,6 +49,8 @@ def test_opened_as_any_checkpoint_it_makes_an_image_a_step(checkpoint, sources):
         assert (made.int() - alone.int()).abs().max() <= TOLERANCES[torch.float32].levels
         with pytest.raises(ValueError, match="makes its image in one"):
             translator(sources, seeds=[1, 2, 3], steps=2)
+        with pytest.raises(ValueError, match=r"guidance is 2\.0; this model was trained without, and takes 1"):
+            translator(sources, seeds=[1, 2, 3], guidance=2.0)
 
 
 def test_diffusers_opens_it_too(checkpoint, sources):

@@ -61,7 +61,7 @@ def test_every_part_answers_as_pytorch_does_at_any_batch(bundle: Path, checkpoin
     check_every_part(bundle, checkpoint, (32, 32), batch)
 
 
-@pytest.mark.parametrize("conditioning", ["clip", "concat", "both"])
+@pytest.mark.parametrize("conditioning", ["both", *(pytest.param(name, marks=pytest.mark.slow) for name in ("clip", "concat"))])
 def test_images_of_every_conditioning_are_those_of_the_checkpoint(conditioning: str, tmp_path: Path):
     folder = tmp_path / "checkpoint"
     save_checkpoint(tiny_pipeline(conditioning=conditioning), folder)
@@ -119,6 +119,7 @@ def test_every_variant_was_audited_and_measured_and_the_default_is_one_of_them(b
     assert all(variant.speed and variant.speed.per_image_ms > 0 for variant in manifest.variants.values())
 
 
+@pytest.mark.slow
 def test_several_sizes_share_a_bundle(checkpoint: Path, tmp_path: Path):
     build(checkpoint, tmp_path / "bundle", Order(sizes=((32, 32), (32, 48)), max_batch=4, images=1))
     for size in ((32, 32), (32, 48)):
@@ -135,6 +136,7 @@ def test_several_sizes_share_a_bundle(checkpoint: Path, tmp_path: Path):
             translator(torch.cat([SOURCES, SOURCES], dim=3), seeds=[1, 2, 3])
 
 
+@pytest.mark.slow
 def test_a_bundle_without_the_size_of_training_fits_images_to_one_that_it_has(checkpoint: Path, tmp_path: Path):
     build(checkpoint, tmp_path / "bundle", Order(sizes=((32, 48), (48, 32)), images=1))
     with Translator(OnnxBackend.open(tmp_path / "bundle")) as translator:
@@ -158,7 +160,7 @@ def test_an_order_that_cannot_be_met_leaves_nothing_behind(change: dict, reason:
 @pytest.mark.parametrize(
     "limit, said",
     [
-        (300_000, "File too large: {out}"),
+        pytest.param(300_000, "File too large: {out}", marks=pytest.mark.slow),
         (100_000, "has no room for a graph (problem writing element"),  # already where a graph is tried out
     ],
 )
@@ -180,6 +182,7 @@ def test_the_readme_in_a_bundle_tells_a_stranger_what_it_is(bundle: Path):
     assert "README.md" in open_bundle(bundle).manifest.files
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_bundle_is_left_alone_and_a_bundle_is_replaced(checkpoint: Path, tmp_path: Path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")

@@ -32,6 +32,7 @@ def test_the_same_order_of_the_same_checkpoint_builds_nothing(checkpoint: Path, 
     assert (tmp_path / "bundle" / "manifest.json").stat().st_mtime_ns > before
 
 
+@pytest.mark.slow
 def test_a_changed_order_another_checkpoint_and_a_damaged_bundle_are_built_again_with_the_reason(
     checkpoint: Path, tmp_path: Path, caplog
 ):
@@ -78,6 +79,7 @@ def test_packages_code_and_the_machine_are_in_the_key(monkeypatch):
 
 
 @pytest.mark.skipif(why_not("tensorrt-rtx") is not None, reason=why_not("tensorrt-rtx") or "")
+@pytest.mark.slow
 def test_engines_of_a_build_that_was_interrupted_are_taken_over(checkpoint: Path, tmp_path: Path, monkeypatch):
     order, made, real = Order(targets=("onnx", "tensorrt-rtx"), gpus=("sm89",), images=1), [], of_engines.build_engine
 

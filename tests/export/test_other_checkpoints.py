@@ -78,7 +78,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = "TAEF2's 32 channels"
+
+
+@pytest.mark.parametrize("case", [case if case == QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_another_checkpoint_is_exported_with_the_same_images(case: str, tmp_path: Path):
     save_checkpoint(CASES[case](), tmp_path / "checkpoint")
     recipes = tuple(map(default_recipe, ("fp32", "int8")))

@@ -17,6 +17,10 @@ from clipdit_serve.settings import ServeSettings
 LOOKS_EVERY_S, SILENT_S = 1.0, 5.0
 """Ray looks at a replica so often; one that says nothing for so long, three times, is replaced."""
 
+BUSY_S = 20.0
+"""Likewise of an ingress, which runs no model that could hang: it is silent when thousands ask at once, and whoever replaced it
+then would break their connections."""
+
 TRIES = 1
 """Of the first replicas to start, before Ray gives up. Those that replace others are tried for ever."""
 
@@ -56,7 +60,7 @@ def application(
         max_queued_requests=OTHERS,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         ray_actor_options={"num_cpus": 1},
-        **common,
+        **common | {"health_check_timeout_s": BUSY_S},
     )
     without_key = replace(settings, api_key=None)  # of which a model has no use
     return ingress.bind(models.bind(open_model, without_key, json=json), sizes, settings, json=json)

@@ -93,6 +93,8 @@ def test_a_student_comes_nearer_to_its_teacher_in_one_step(teacher, pairs_folder
     at_first = taught(sources, seeds=seeds, steps=1, guidance=1.0).float()
     now = student(sources, seeds=seeds).float()
     assert (now - wanted).square().mean() < 0.5 * (at_first - wanted).square().mean()
+    with pytest.raises(ValueError, match="trained without"):
+        student(sources, seeds=seeds, guidance=1.5)
     two = student(sources, seeds=seeds, steps=2)
     again = student(sources.flip(0), seeds=seeds[::-1], steps=2).flip(0)
     assert (two.int() - again.int()).abs().max() <= 1, "the noise between steps is of the seed, too"

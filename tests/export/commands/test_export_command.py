@@ -19,6 +19,7 @@ def test_export_writes_a_bundle_and_says_what_is_in_it(checkpoint: Path, tmp_pat
     assert "files are as they were exported" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_bundle_in_one_file_opens_like_its_folder(checkpoint: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert main(["export", "--model", str(checkpoint), "--out", str(tmp_path / "b"), "--images", "1", "--zip"]) == 0

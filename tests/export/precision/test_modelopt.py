@@ -269,6 +269,7 @@ def order(python: Path, **choices) -> Order:
     return Order(recipes=recipes, quantizer="modelopt", modelopt_python=python, images=4, **choices)
 
 
+@pytest.mark.slow
 def test_a_bundle_has_both_quantisers_side_by_side(checkpoint: Path, tmp_path: Path):
     manifest = build(checkpoint, tmp_path / "bundle", order(other_python(tmp_path / "other"), unroll=(1,)))
     ours, theirs = (manifest.variants[name] for name in ("onnx-int8", "onnx-int8-modelopt"))

@@ -27,6 +27,8 @@ def run(**options):
     return measure([SHAPE], CPU, **settings | options)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_every_way_that_runs_here_ends_at_the_latents_of_float32(shallow, tmp_path):
     out = tmp_path / "sampling.json"
     made = run(variants=["eager", "eager-cudnn", "eager-cudnn-graph", "ours"], out=out)

@@ -20,16 +20,25 @@ pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.xdist_group("ray 
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayService]:
     """Two models, two ingresses."""
     folder = tmp_path_factory.mktemp("orders")
-    running = RayService(folder, "--replicas", "2", "--ingress-replicas", "2", "--max-jobs", "0", "--queue", "6000")
+    # 5,000 callers wait for minutes on two cores
+    words = ("--replicas", "2", "--ingress-replicas", "2", "--max-jobs", "0", "--queue", "6000", "--timeout-s", "600")
+    running = RayService(folder, *words)
     yield running
     running.stop()
 
 
 async def test_of_5000_concurrent_images_none_is_swapped_lost_or_doubled(service: RayService):
+    """Who is refused for now, as every caller may be, comes again."""
     before, outcomes = sum(service.batches), Outcomes()
     async with service.client() as client:
-        await asyncio.gather(*(outcomes.ask(client, number, is_right) for number in range(1, 5001)))
-    assert outcomes.codes == {(200, None): 5000} and outcomes.broken == []
+
+        async def until_answered(number: int) -> None:
+            while await outcomes.ask(client, number, is_right) in (429, 503):
+                await asyncio.sleep(5)
+
+        await asyncio.gather(*(until_answered(number) for number in range(1, 5001)))
+    print(f"\n{dict(outcomes.codes)}, {len(outcomes.broken)} broken connections")
+    assert outcomes.codes[200, None] == 5000 and outcomes.statuses <= {200, 429, 503} and outcomes.broken == []
     assert sum(service.batches) - before == 5000
 
 
