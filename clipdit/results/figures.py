@@ -84,7 +84,7 @@ def _worst(report: Path, ids: list[str]) -> list[int]:
 def loss_curves(runs: dict[str, Path]) -> Figure:
     """Every loss of every run, a row a run: smoothed, with the intervals pale behind."""
     histories = {name: read_history(folder) for name, folder in runs.items()}
-    losses = {name: [n for n in rows[-1] if n.startswith("loss/")] for name, rows in histories.items() if rows}
+    losses = {name: _losses(rows[-1]) for name, rows in histories.items() if rows}
     columns = max(len(names) for names in losses.values())
     figure = Figure(figsize=(3.1 * columns, 2.2 * len(losses)), layout="constrained")
     axes = figure.subplots(len(losses), columns, squeeze=False)
@@ -104,6 +104,12 @@ def loss_curves(runs: dict[str, Path]) -> Figure:
                 axis.set_yscale("log")
     figure.supxlabel("optimiser steps", fontsize=8)
     return figure
+
+
+def _losses(row: dict[str, float]) -> list[str]:
+    """The names of what is drawn: without the total, where it is the only loss there is."""
+    names = [name for name in row if name.startswith("loss/")]
+    return [name for name in names if name != "loss/total"] if len(names) == 2 else names
 
 
 def architecture(pipeline: ClipDiTPipeline, title: str) -> Figure:

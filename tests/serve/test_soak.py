@@ -34,13 +34,15 @@ def test_twenty_minutes_of_all_kinds_of_requests_leave_memory_and_files_as_they_
     try:
         process = psutil.Process(service.process.pid)
         seen, answers = asyncio.run(_soak(service.url, process, tmp_path))
-    finally:
-        log = service.stop()
+    except BaseException:
+        service.process.kill()
+        raise
     minutes, megabytes, files, temporary = np.array([row for row in seen if row[0] >= WARM_UP_MINUTES]).T
     slope = np.polyfit(minutes, megabytes, 1)[0]
     print(f"\n{sum(answers.values())} requests in {MINUTES:g} minutes: {dict(answers)}")
     print(f"{slope:+.3f} MB a minute; {megabytes[0]:.0f} MB after the warm-up, {megabytes[-1]:.0f} MB at the end")
     print(f"{files.min():.0f} to {files.max():.0f} open files, {temporary.min():.0f} to {temporary.max():.0f} temporary files")
+    log = service.stop()
     assert slope <= 0.5
     assert files[-1] <= files[0] + 2 * CALLERS
     assert temporary[-1] <= temporary[0]

@@ -166,7 +166,8 @@ class Running:
     """A service in a process of its own."""
 
     def __init__(self, *words: str, backend: str = "fake", environment: dict[str, str] | None = None):
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  a pipe that nobody reads would block it
+        # a pipe that nobody reads would block it; and several processes write, each at the end
+        self._log = tempfile.TemporaryFile("a+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [CLIPDIT, "serve", "--backend", backend, "--port", "0", "--json", *words],
             stdout=subprocess.PIPE,
@@ -191,4 +192,11 @@ class Running:
         if self.process.stdout is not None:
             self.process.stdout.close()
         self._log.seek(0)
-        return [json.loads(line) for line in self._log]
+        lines = self._log.readlines()
+        for number, line in enumerate(lines):
+            try:
+                json.loads(line)
+            except ValueError:
+                around = "".join(lines[max(0, number - 1) : number + 3])
+                raise AssertionError(f"line {number} of the log is no JSON:\n{around}") from None
+        return list(map(json.loads, lines))
