@@ -200,7 +200,9 @@ def _evaluate_here(options: dict[str, Any]) -> None:
 def _in_a_process(function: Callable[..., None], *arguments: object) -> None:
     """Call it in a fresh process. ChildFailed when it raises, KeyboardInterrupt when it is interrupted."""
     # a server that has imported what is slow to import, and nothing else, forks them
-    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    context: Any = multiprocessing.get_context(
+        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    )
     context.set_forkserver_preload(["clipdit.train.runs", "clipdit.evaluate"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_report, args=(theirs, function, arguments))

@@ -36,7 +36,6 @@ def application(
     check_jobs(sizes, settings)
     common = {
         "health_check_period_s": LOOKS_EVERY_S,
-        "health_check_timeout_s": SILENT_S,
         "graceful_shutdown_timeout_s": drain_s,
         "graceful_shutdown_wait_loop_s": 0.1,
         "max_constructor_retry_count": TRIES,
@@ -49,6 +48,7 @@ def application(
         num_replicas=sizes.models,
         max_ongoing_requests=most,
         max_queued_requests=most,  # of one ingress: all it has, while replicas that died are replaced
+        health_check_timeout_s=SILENT_S,
         ray_actor_options={"num_cpus": sizes.cpus, "num_gpus": sizes.gpus},
         **common,
     )
@@ -59,8 +59,9 @@ def application(
         max_ongoing_requests=sizes.ingress_ongoing(settings),
         max_queued_requests=OTHERS,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        health_check_timeout_s=BUSY_S,
         ray_actor_options={"num_cpus": 1},
-        **common | {"health_check_timeout_s": BUSY_S},
+        **common,
     )
     without_key = replace(settings, api_key=None)  # of which a model has no use
     return ingress.bind(models.bind(open_model, without_key, json=json), sizes, settings, json=json)
