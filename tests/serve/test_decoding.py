@@ -80,6 +80,20 @@ async def test_a_decoder_that_crashes_is_the_uploads_fault(pool: DecodePool, mon
     assert torch.equal(await decode(pool, png(numbered(2))), numbered(2))
 
 
+async def test_callers_who_leave_cost_no_process(patient_pool: DecodePool, tmp_path: Path):
+    pid = await patient_pool._call(os.getpid)
+    begun, waiting = (
+        asyncio.create_task(patient_pool._call(partial(wild_decoders.leave_a_mark, tmp_path / n, 0.5))) for n in "ab"
+    )
+    while not (tmp_path / "a").exists():
+        await asyncio.sleep(0.01)
+    for task in (begun, waiting):
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert await patient_pool._call(os.getpid) == pid
+
+
 async def test_more_memory_than_allowed_is_refused_and_the_process_lives(patient_pool: DecodePool):
     """256 MiB more than at the start; 15.9 million pixels of 16 bits need 381 as float64 alone, by its 31 KiB."""
     side = 3990

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 
 def hang(*_) -> None:
@@ -11,3 +12,9 @@ def hang(*_) -> None:
 
 def crash(*_) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def leave_a_mark(path: Path, seconds: float) -> None:
+    """Shows that it was begun with, and takes its time."""
+    path.touch()
+    time.sleep(seconds)
