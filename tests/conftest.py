@@ -16,14 +16,6 @@ from odd_images import build_odd_images
 install_import_hook("clipdit", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a bundle run on one worker, with `--dist loadgroup`: else each worker would build it for itself."""
-    for item in items:
-        if {"export", "contract"} & set(item.path.parts) and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def odd_images(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """About 80 odd or broken files: `folder`, and `expected`, a dict from file name to "ok" or a part of the reason for refusing

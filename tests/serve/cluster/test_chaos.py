@@ -13,7 +13,7 @@ import pytest
 from ray_service import Outcomes, RayService, is_right, keep_asking
 from serving import Running
 
-pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.xdist_group("ray chaos"), pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,8 @@ from serving import PNG, numbered, png
 
 from clipdit.images import read_image
 
-# On one worker of pytest-xdist, with `--dist loadgroup`: each would start a service of its own. The order of the tests matters
-# only for the last one.
-pytestmark = [pytest.mark.anyio, pytest.mark.xdist_group("ray"), pytest.mark.timeout(280)]
+# The order of the tests matters only for the last one.
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(280)]
 
 
 async def test_answers_are_bit_for_bit_those_of_the_local_engine(service: RayService):
