@@ -39,8 +39,8 @@ results: .venv/installed $(DATA)
 pairs/emoji:
 	$(BIN)/clipdit data emoji --out $@
 
-# A file of tests on one worker: what they share (a bundle, a service on Ray) is made once. (pytest 9.2 knows nothing of the groups of
-# pytest-xdist 3.8: with `--dist loadgroup` each worker made its own.)
+# A file of tests on one worker: what they share (a bundle, a service on Ray) is made once. (With pytest 9.2 the groups of
+# pytest-xdist 3.8 had no effect: with `--dist loadgroup` each worker made its own.)
 test: .venv/installed
 	$(TEST_ENV) $(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow"
 

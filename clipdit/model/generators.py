@@ -1,8 +1,8 @@
 """The generators of Pix2Pix and Pix2PixHD, in the seat of the DiT: the same questions, so the same folder, backends and graphs.
 
 They work on pixels (`clipdit.model.pixels`), read the source as the DiT's "concat" does, and say what the image is
-(`clipdit.direct`). Normalisation is by image. That is batch normalisation as both papers sample with it, statistics of a batch of
-one; so an image does not depend on its neighbours, in training either.
+(`clipdit.direct`). Normalisation is by image: so it is in Pix2PixHD, and
+Pix2Pix samples so, with the statistics of a batch of one. An image does not depend on its neighbours, in training either.
 """
 
 import math
@@ -60,7 +60,8 @@ class Generator(Network):
 
 
 def as_published(network: nn.Module) -> None:
-    """N(0, 0.02) for weights, N(1, 0.02) for the scales of norms, zero for biases; both papers."""
+    """N(0, 0.02) for weights, N(1, 0.02) for the scales of norms, as both codes; zero for biases, which Pix2PixHD's leaves as
+    PyTorch makes them."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(module.weight, 0.0, 0.02)
