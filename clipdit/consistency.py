@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from clipdit.flow import estimate_target, interpolate, velocity_target
-from clipdit.objective import Noised, check_scheduler, draw_noise, settings
+from clipdit.objective import Noised, check_scheduler, settings
 from clipdit.sampling import Row, SamplingTable, shift_time
 from clipdit.shapes import Latent, Time
 
@@ -58,10 +58,6 @@ class Consistency:
             prediction_target=velocity_target(noise, target),
             weight=(1 - t).square(),
         )
-
-    def sample(self, target: Latent, generator: torch.Generator) -> Noised:
-        t = self.sample_times(len(target), generator).to(target.device)
-        return self.noised(target, draw_noise(target, generator), t)
 
     def estimate_target(self, x: Latent, t: Time, prediction: Latent) -> Latent:
         return estimate_target(x, t, prediction)

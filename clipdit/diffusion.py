@@ -22,7 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clipdit.objective import Noised, check_scheduler, draw_noise, per_image, settings
+from clipdit.objective import Noised, check_scheduler, per_image, settings
 from clipdit.sampling import DDPM_SOLVERS, LOWEST_HALF_LOG_SNR, DDPMSolver, SamplingTable, ddpm_table
 from clipdit.shapes import Latent, Time
 
@@ -118,10 +118,6 @@ class DDPM:
             prediction_target=noise,
             weight=self.weight(n),
         )
-
-    def sample(self, target: Latent, generator: torch.Generator) -> Noised:
-        t = self.sample_times(len(target), generator).to(target.device)
-        return self.noised(target, draw_noise(target, generator), t)
 
     def weight(self, n: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """Factor of the squared error at step n: 1, or min(SNR, gamma) / SNR with SNR = ac / (1 - ac)."""

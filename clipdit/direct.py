@@ -10,7 +10,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from clipdit.objective import Noised, check_scheduler, draw_noise
+from clipdit.objective import Noised, check_scheduler
 from clipdit.sampling import Row, SamplingTable
 from clipdit.shapes import Latent, Time
 
@@ -32,10 +32,6 @@ class Direct:
 
     def noised(self, target: Latent, noise: Latent, t: Time) -> Noised:
         return Noised(x=noise, t=t, noise=noise, prediction_target=target.to(noise.dtype), weight=torch.ones_like(t))
-
-    def sample(self, target: Latent, generator: torch.Generator) -> Noised:
-        t = self.sample_times(len(target), generator).to(target.device)
-        return self.noised(target, draw_noise(target, generator), t)
 
     def estimate_target(self, x: Latent, t: Time, prediction: Latent) -> Latent:
         return prediction

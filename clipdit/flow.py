@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from clipdit.objective import Noised, check_scheduler, draw_noise, per_image, settings
+from clipdit.objective import Noised, check_scheduler, per_image, settings
 from clipdit.sampling import FLOW_SOLVERS, FlowSolver, SamplingTable, flow_table, shift_time
 from clipdit.shapes import Latent, Time
 
@@ -101,10 +101,6 @@ class FlowMatching:
             prediction_target=velocity_target(noise, target),
             weight=torch.ones_like(t),
         )
-
-    def sample(self, target: Latent, generator: torch.Generator) -> Noised:
-        t = self.sample_times(len(target), generator).to(target.device)
-        return self.noised(target, draw_noise(target, generator), t)
 
     def estimate_target(self, x: Latent, t: Time, prediction: Latent) -> Latent:
         return estimate_target(x, t, prediction)

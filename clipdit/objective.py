@@ -55,10 +55,6 @@ class Objective(Protocol):
         """The targets at the given times with the given noise: pure, no randomness."""
         ...
 
-    def sample(self, target: Latent, generator: torch.Generator) -> Noised:
-        """`noised` with times, then noise, drawn from the generator (of any device)."""
-        ...
-
     def estimate_target(self, x: Latent, t: Time, prediction: Latent) -> Latent:
         """The clean target that the prediction implies: what pixel losses decode. Errors in it grow towards t = 0."""
         ...
@@ -81,6 +77,12 @@ def draw_noise(target: Latent, generator: torch.Generator) -> Latent:
     """Gaussian noise like `target`, at least float32, drawn on the generator's device."""
     dtype = torch.promote_types(target.dtype, torch.float32)
     return torch.randn(target.shape, generator=generator, device=generator.device, dtype=dtype).to(target.device)
+
+
+def draw_noised(objective: Objective, target: Latent, generator: torch.Generator) -> Noised:
+    """The targets at times, and with noise, drawn from the generator (of any device) in this order."""
+    t = objective.sample_times(len(target), generator).to(target.device)
+    return objective.noised(target, draw_noise(target, generator), t)
 
 
 def per_image(values: Float[Tensor, "B"], like: Latent) -> Tensor:

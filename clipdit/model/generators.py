@@ -1,8 +1,8 @@
 """The generators of Pix2Pix and Pix2PixHD, in the seat of the DiT: the same questions, so the same folder, backends and graphs.
 
 They work on pixels (`clipdit.model.pixels`), read the source as the DiT's "concat" does, and say what the image is
-(`clipdit.direct`). Normalisation is by image: so it is in Pix2PixHD, and
-Pix2Pix samples so, with the statistics of a batch of one. An image does not depend on its neighbours, in training either.
+(`clipdit.direct`). Normalisation is by image: so it is in Pix2PixHD, and Pix2Pix samples so, with the statistics of a batch of
+one. An image does not depend on its neighbours, in training either.
 """
 
 import math

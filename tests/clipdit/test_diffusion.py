@@ -6,6 +6,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from jaxtyping import TypeCheckError
 
 from clipdit.diffusion import DDPM, alphas_cumprod, step_of_time, time_of_step
+from clipdit.objective import draw_noised
 
 SCHEDULES = [("linear", 1e-4, 0.02), ("scaled_linear", 0.00085, 0.012), ("squaredcos_cap_v2", 1e-4, 0.02)]
 
@@ -66,7 +67,7 @@ def test_estimated_target_inverts_added_noise(schedule, start, end):
 
 def test_training_target_is_standard_normal_and_x_keeps_unit_variance():
     target = torch.randn(500, 4, 8, 8, generator=generator(1))
-    noised = DDPM().sample(target, generator(2))
+    noised = draw_noised(DDPM(), target, generator(2))
     assert noised.prediction_target.mean().item() == pytest.approx(0, abs=0.01)
     assert noised.prediction_target.std().item() == pytest.approx(1, abs=0.01)
     assert noised.x.std().item() == pytest.approx(1, abs=0.01)

@@ -5,7 +5,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from clipdit.direct import Direct
-from clipdit.objective import Objective, objective_from
+from clipdit.objective import Objective, draw_noised, objective_from
 from clipdit.sampling import sample
 
 
@@ -32,7 +32,7 @@ def test_other_steps_and_solvers_are_refused(steps: int, solver: str | None, mes
 def test_training_asks_for_the_target_at_the_noise():
     objective, target = Direct(), torch.randn(3, 2, 4, 4)
     assert isinstance(objective, Objective)
-    noised = objective.sample(target, torch.Generator().manual_seed(0))
+    noised = draw_noised(objective, target, torch.Generator().manual_seed(0))
     assert torch.equal(noised.x, noised.noise) and torch.equal(noised.prediction_target, target)
     assert torch.equal(noised.t, torch.zeros(3)) and torch.equal(noised.weight, torch.ones(3))
     assert torch.equal(objective.estimate_target(noised.x, noised.t, target), target)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from clipdit.flow import FlowMatching, estimate_target, interpolate, sample_times, velocity_target
+from clipdit.objective import draw_noised
 from clipdit.sampling import shift_time
 
 
@@ -52,7 +53,7 @@ def test_estimated_target_inverts_the_path(pair):
 
 def test_training_target_has_mean_target_and_unit_variance_around_it():
     target = torch.full((500, 4, 8, 8), 0.8)
-    noised = FlowMatching().sample(target, generator())
+    noised = draw_noised(FlowMatching(), target, generator())
     assert noised.prediction_target.mean().item() == pytest.approx(0.8, abs=0.01)
     assert noised.prediction_target.std().item() == pytest.approx(1.0, abs=0.01)
     assert torch.equal(noised.weight, torch.ones(500))
