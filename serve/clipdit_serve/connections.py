@@ -1,4 +1,4 @@
-"""HTTP connections as uvicorn has them, with bounds on the head of a request: 64 KiB and ten seconds.
+"""HTTP connections as uvicorn has them, with bounds on the head of a request: 64 KiB and half a minute.
 
 uvicorn's parser in C (httptools), which it would choose by itself where another package brought it, takes heads of any size; the
 one in Python (h11) does not. Neither minds how long a head takes.
@@ -12,8 +12,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 HEAD_BYTES = 64 * 2**10
 """Of a head that is not at its end; more of it is answered with 400."""
 
-HEAD_S = 10.0
-"""In which a head must arrive; its connection is closed then, seconds."""
+HEAD_S = 30.0
+"""In which a head must arrive; its connection is closed then, seconds. As long as a body may take."""
 
 
 class Connection(H11Protocol):

@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from clipdit_serve.cluster.awake import AwakeClock
 from clipdit_serve.cluster.sizes import Sizes
 from clipdit_serve.cluster.wire import Condition, Refusal, SentAnswer, SentTask
 from clipdit_serve.engine import Answer, BatchReport, Health, ModelInfo, State, Task
@@ -32,7 +33,11 @@ ANSWERS_WITHIN_S = 2.0
 """A replica that has not said by then how it is counts as one that cannot answer; on a busy machine one second is too short."""
 
 VALID_S = 4.5
-"""What was seen says nothing any more after so long: then readiness ends, whatever kept us from looking. Five are promised."""
+"""What was seen says nothing any more after so long: then readiness ends. Five are promised. Of time in which we could look: see
+awake.py."""
+
+ASLEEP_S = 0.5
+"""A look that found nobody counts for nothing when our own loop stood still for longer than this meanwhile."""
 
 SAID: dict[State, str] = {
     "ready": "ready",
@@ -113,6 +118,7 @@ class RayEngine:
     def __init__(self, models: DeploymentHandle, sizes: Sizes, settings: ServeSettings):
         self._models, self._sizes, self._settings = models, sizes, settings
         self._streaming: Any = models.options(stream=True)
+        self._awake = AwakeClock()
         self._seen = Seen(at_s=-float("inf"))
         self._model_info: ModelInfo | None = None
         self._admitted, self._most = 0, sizes.admitted(settings)
@@ -128,6 +134,7 @@ class RayEngine:
 
     def start(self, on_batch: Callable[[BatchReport], None]) -> None:
         self._on_batch = on_batch
+        self._awake.start()
         self._looking = asyncio.create_task(self._look_again_and_again())
 
     def health(self) -> Health:
@@ -191,6 +198,7 @@ class RayEngine:
         self._draining = True
         if self._looking is not None:
             self._looking.cancel()
+        self._awake.stop()
 
     # Asking
 
@@ -233,7 +241,7 @@ class RayEngine:
     def _state(self) -> State:
         if self._draining:
             return "draining"
-        if self._seen.ready and time.monotonic() - self._seen.at_s < VALID_S:
+        if self._seen.ready and self._awake() - self._seen.at_s < VALID_S:
             return "ready"
         return "loading" if self._model_info is None else "hung"
 
@@ -265,7 +273,11 @@ class RayEngine:
     async def _look_again_and_again(self) -> None:
         while True:
             try:
-                self._remember(await self._look())
+                began_s, awake_s = time.monotonic(), self._awake()
+                conditions = await self._look()
+                asleep_s = (time.monotonic() - began_s) - (self._awake() - awake_s)
+                if conditions or asleep_s < ASLEEP_S:
+                    self._remember(conditions)
             except Exception as error:  # whatever it was: the next look may be luckier, and meanwhile we know nothing
                 logger.error("the model replicas cannot be looked at: %s", error, exc_info=error)
             await asyncio.sleep(LOOKS_EVERY_S)
@@ -290,7 +302,7 @@ class RayEngine:
             return []
 
     def _remember(self, conditions: list[Condition]) -> None:
-        self._seen = Seen(at_s=time.monotonic(), conditions=tuple(conditions))
+        self._seen = Seen(at_s=self._awake(), conditions=tuple(conditions))
         for condition in conditions:
             self._model_info = condition.model
             for report in condition.reports:

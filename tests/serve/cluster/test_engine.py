@@ -1,6 +1,7 @@
 """The engine of an ingress, with replicas in this process that live, refuse and die as told."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ pytest.importorskip("ray.serve")
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from clipdit_serve.cluster import engine as engine_module
 from clipdit_serve.cluster import model
 from clipdit_serve.cluster.engine import RayEngine
 from clipdit_serve.cluster.model import ModelReplica
@@ -50,6 +52,7 @@ class Handle:
 
     def __init__(self, replica: ModelReplica | None, errors: list[Exception] | None = None):
         self.replica, self.errors, self.asked = replica, errors or [], 0
+        self.silent = False
         self.ask = self.condition = self
 
     def options(self, **options: Any) -> "Handle":
@@ -71,6 +74,8 @@ class Handle:
     async def results_async(self, **options: Any) -> list:
         if self.replica is None:
             raise DeploymentUnavailableError(None)
+        if self.silent:
+            await asyncio.sleep(60)
         return [await self.replica.condition()]
 
 
@@ -175,6 +180,19 @@ async def test_readiness_ends_when_no_replica_says_that_it_can_answer():
     with pytest.raises(ApiError) as caught:
         await ask(engine, 1)
     assert caught.value.code == "draining"
+    engine.close()
+
+
+async def test_an_ingress_that_stood_still_does_not_blame_the_models(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine_module, "VALID_S", 1.0)
+    engine, handle = await started(Identity)
+    time.sleep(2)  # as where thousands ask at once
+    assert engine.health().state == "ready"
+    handle.silent = True
+    await asyncio.sleep(0.5)
+    assert engine.health().state == "ready"
+    async with asyncio.timeout(2):
+        await until(lambda: engine.health().state == "hung")
     engine.close()
 
 
