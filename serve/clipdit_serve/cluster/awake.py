@@ -7,8 +7,8 @@ BEAT_S = 0.25
 
 
 class AwakeClock:
-    """Seconds for which the loop ran on time. With thousands of callers at once a loop stands still for many seconds, and all that
-    it waits for seems to be late.
+    """Seconds for which the loop ran on time. With thousands of callers at once a loop stands still for many seconds, and all
+    that it waits for seems to be late.
 
     `start` it within the loop; `stop` ends it."""
 
