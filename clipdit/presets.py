@@ -141,7 +141,7 @@ def student() -> StudentExperiment:
     return StudentExperiment(
         pairs=edges2emoji().pairs,
         loss=LossSettings(perceptual=1.0),
-        train=TrainSettings(steps=5_000, batch_size=64, lr=3e-4, ema_decay=0.999),
+        train=TrainSettings(steps=20_000, batch_size=16, lr=3e-4, ema_decay=0.999),
     )
 
 

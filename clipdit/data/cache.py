@@ -199,6 +199,7 @@ def _fill(
         shapes |= {"tokens": (clip.tokens, clip.token_width), "pooled": (clip.embedding_width,)}
     arrays = {name: _new_array(part / f"{name}.npy", (total, *shape)) for name, shape in shapes.items()}
     sums, decoded = torch.zeros(2, cells[0], dtype=torch.float64), None
+    logger.info("caching the latents of %d pairs x %d views, once for all trainings on them", len(pairs), views)
     with tqdm(total=total, desc="caching latents", unit="image", disable=None) as bar:
         for start in range(0, total, batch_size):
             images = []
