@@ -130,8 +130,9 @@ class TranslationExperiment:
             raise ValueError(f"guidance is {self.guidance}; wanted a finite number")
         if self.clip is None and self.model.conditioning != "concat":
             raise ValueError(f'conditioning "{self.model.conditioning}" reads CLIP; give --clip, or --model.conditioning concat')
-        if self.clip is None and self.loss.clip_similarity:
-            raise ValueError("loss.clip_similarity needs CLIP; give --clip, or --loss.clip-similarity 0")
+        for name in ("clip_similarity", "alignment"):
+            if self.clip is None and getattr(self.loss, name):
+                raise ValueError(f"loss.{name} needs CLIP; give --clip, or --loss.{name.replace('_', '-')} 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from clipdit.model.clip import ClipImageEncoder
 from clipdit.train.task import Batch
 
 logger = logging.getLogger(__name__)
-PARTS = ("target", "source", "tokens", "pooled")
+PARTS = ("target", "source", "tokens", "pooled", "target_tokens")
 
 FORMAT = 1
 """Part of the hash; raised whenever the same input would give other rows."""
@@ -46,7 +46,8 @@ class Statistics:
 
 
 class LatentCache:
-    """Rows of target latent, source latent, CLIP tokens and CLIP embedding (the last two absent without CLIP), float16.
+    """Rows of target latent, source latent, CLIP tokens and CLIP embedding of the source (absent without CLIP), and of the target
+    (where they were asked for), float16.
 
     Row `pair * views + view`; latents as the VAE has them, not standardised."""
 
@@ -70,7 +71,8 @@ class LatentCache:
         self._std = torch.tensor(statistics.std).reshape(1, -1, 1, 1)
 
     def rows(self, indices: Int[np.ndarray, "B"]) -> Batch:
-        """Rows as float32 tensors, latents standardised: target and source (B, C, h, w), tokens (B, M, E), pooled (B, P)."""
+        """Rows as float32 tensors, latents standardised: target and source (B, C, h, w), tokens and target_tokens (B, M, E),
+        pooled (B, P)."""
         batch = {name: torch.from_numpy(part[indices].astype(np.float32)) for name, part in self._parts.items()}
         for name in ("target", "source"):
             batch[name] = (batch[name] - self._mean) / self._std
@@ -108,13 +110,14 @@ def build_cache(
     settings: Augment,
     *,
     size: tuple[int, int],
+    of_targets: bool = False,
     batch_size: int = 32,
 ) -> LatentCache:
     """The cache of these pairs below `folder`; computed if it is not there, whole or not at all. One process computes in a
     folder at a time; others wait for it.
 
-    `autoencoder` must not standardise yet: its statistics are what is measured here. ValueError when there are no pairs, OSError
-    when the disk is too small.
+    `of_targets`: with CLIP's tokens of the targets. `autoencoder` must not standardise yet: its statistics are what is measured
+    here. ValueError when there are no pairs, OSError when the disk is too small.
     """
     if not pairs:
         raise ValueError("there are no pairs in this split; see `clipdit data check` for what was found")
@@ -126,14 +129,14 @@ def build_cache(
         "clip": fingerprint(clip.model if clip else None),
         "size": size,
         "augment": asdict(settings),
-    }
+    } | ({"of_targets": True} if of_targets else {})
     cache = folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     if (cache / "about.json").exists():
         logger.info("using the cache %s", cache)
         return LatentCache(cache)
 
     def fill(part: Path) -> None:
-        _fill(part, pairs, autoencoder, clip, settings, size, batch_size, views)
+        _fill(part, pairs, autoencoder, clip, settings, size, batch_size, views, of_targets)
 
     _make(cache, fill)
     made = LatentCache(cache)
@@ -190,6 +193,7 @@ def _fill(
     size: tuple[int, int],
     batch_size: int,
     views: int,
+    of_targets: bool,
 ) -> None:
     device = next(autoencoder.parameters()).device
     total = len(pairs) * views
@@ -197,6 +201,7 @@ def _fill(
     shapes = {"target": cells, "source": cells}
     if clip is not None:
         shapes |= {"tokens": (clip.tokens, clip.token_width), "pooled": (clip.embedding_width,)}
+        shapes |= {"target_tokens": (clip.tokens, clip.token_width)} if of_targets else {}
     arrays = {name: _new_array(part / f"{name}.npy", (total, *shape)) for name, shape in shapes.items()}
     sums, decoded = torch.zeros(2, cells[0], dtype=torch.float64), None
     logger.info("caching the latents of %d pairs x %d views, once for all trainings on them", len(pairs), views)
@@ -217,6 +222,8 @@ def _fill(
             if clip is not None:
                 tokens, pooled = clip(source)
                 arrays["tokens"][start:end], arrays["pooled"][start:end] = tokens.cpu().numpy(), pooled.cpu().numpy()
+            if clip is not None and of_targets:
+                arrays["target_tokens"][start:end] = clip(target)[0].cpu().numpy()
             bar.update(len(images))
     for array in arrays.values():
         array.flush()

@@ -13,7 +13,10 @@ import contextlib
 import json
 import logging
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +29,7 @@ from clipdit.files import write_atomically
 from clipdit.presets import student
 from clipdit.provenance import provenance
 from clipdit.results.methods import METHODS, student_of
+from clipdit.train.guard import flat, flat_as_now
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +149,11 @@ def _claim(plan: Plan, out: Path) -> None:
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))["plan"]
         for name in wanted:
+            same = found.get(name) == wanted[name]
+            if name == "base":
+                same = flat_as_now(found["base"], wanted["base"]) == flat(wanted["base"])
             # more methods and seeds may come to what is there
-            if name not in ("methods", "seeds") and found.get(name) != wanted[name]:
+            if name not in ("methods", "seeds") and not same:
                 raise ValueError(f"{out} is a comparison with another setting of {name}; give a new folder, or take its settings")
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is there already and holds no {PLAN_FILE}; give a new or empty folder")
@@ -204,7 +211,7 @@ def _in_a_process(function: Callable[..., None], *arguments: object) -> None:
         "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     )
     context.set_forkserver_preload(["clipdit.train.runs", "clipdit.evaluate"])
-    ours, theirs = context.Pipe(duplex=False)
+    ours, theirs = context.Pipe()
     process = context.Process(target=_report, args=(theirs, function, arguments))
     process.start()
     theirs.close()
@@ -214,12 +221,21 @@ def _in_a_process(function: Callable[..., None], *arguments: object) -> None:
         said = "ended without a word, as a process does that the system kills for its memory"
     finally:
         process.join()
+        ours.close()
     if said is not None:
         raise ChildFailed(said)
 
 
+def _end_with_the_parent(pipe) -> None:
+    """A training whose comparison was killed saves and ends, as at Ctrl-C."""
+    with contextlib.suppress(EOFError, OSError):
+        pipe.recv()  # nothing is ever sent
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def _report(pipe, function: Callable[..., None], arguments: tuple) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    threading.Thread(target=_end_with_the_parent, args=(pipe,), daemon=True).start()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is the parent's, for its result
             function(*arguments)

@@ -115,6 +115,12 @@ METHODS: dict[str, Method] = {
         make=_changed(loss={"clip_similarity": 0.5}),
         about="ours with 0.5 of the CLIP-similarity loss",
     ),
+    "alignment": Method(
+        label="and REPA",
+        role="ablation",
+        make=_changed(loss={"alignment": 0.5}),
+        about="ours with 0.5 of a loss that aligns a block's tokens with CLIP's of the target (Yu et al. 2025)",
+    ),
     "qk-norm": Method(
         label="and QK-norm",
         role="ablation",

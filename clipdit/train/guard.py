@@ -119,7 +119,7 @@ def check_plan(settings: "TrainSettings", minutes: float | None, processes: int)
         )
 
 
-ADDED_LATER = {"train.fused": False, "model.mlp": "gelu"}
+ADDED_LATER = {"train.fused": False, "model.mlp": "gelu", "loss.alignment": 0.0}
 """Settings that runs begun before them do not name, with what such a run does."""
 
 
@@ -127,14 +127,19 @@ def check_same_experiment(stored: str, wanted: dict) -> None:
     """ValueError naming the first setting in which a run would be resumed differently from how it began.
 
     Only train.steps may change: a run can be prolonged. `data`, what it learns from, is compared where both sides tell it."""
-    before, now = flat(json.loads(stored)), flat(json.loads(json.dumps(wanted)))
-    before = {name: value for name, value in ADDED_LATER.items() if name in now} | before
+    before, now = flat_as_now(json.loads(stored), wanted), flat(json.loads(json.dumps(wanted)))
     for name in before | now:
         untold = name.startswith("data.") and not (name in before and name in now)
         if before.get(name) != now.get(name) and name != "train.steps" and not untold:
             raise ValueError(
                 f"the run began with {name} = {before.get(name)!r}, now it is {now.get(name)!r}; resume with what it began with"
             )
+
+
+def flat_as_now(stored: dict, wanted: dict) -> dict[str, object]:
+    """`flat` of an experiment of earlier, with what it did not name yet and `wanted` does."""
+    now = flat(wanted)
+    return {name: value for name, value in ADDED_LATER.items() if name in now} | flat(stored)
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, object]:

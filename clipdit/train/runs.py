@@ -207,7 +207,7 @@ def translation_task(experiment: TranslationExperiment, pairs: Sequence[Pair], v
     bare = Autoencoder(vae)
     check_size(experiment.pairs, bare.downscale, model.patch)
     reads_clip = model.conditioning != "concat"
-    wants_clip = reads_clip or experiment.loss.clip_similarity > 0
+    wants_clip = reads_clip or experiment.loss.wants_clip
     encoder = load_clip(locate(experiment.clip)).eval() if wants_clip and experiment.clip else None
     clip = ClipImageEncoder(encoder) if encoder is not None and reads_clip else None
     torch.manual_seed(settings.seed)
@@ -281,8 +281,10 @@ def _on_latents(
     if clip is not None:
         clip.to(device)
     folder = experiment.pairs.cache or out / "cache"
-    seen = clip if dit.reads_clip else None
-    cache = main_first(lambda: build_cache(folder, pairs, bare, seen, experiment.pairs.augment, size=size))
+    aligned = experiment.loss.alignment > 0
+    seen = clip if dit.reads_clip or aligned else None
+    augment = experiment.pairs.augment
+    cache = main_first(lambda: build_cache(folder, pairs, bare, seen, augment, size=size, of_targets=aligned))
     if parts.statistics is not None:
         cache.standardise_by(parts.statistics)
     pipeline = ClipDiTPipeline(

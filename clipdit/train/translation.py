@@ -24,6 +24,7 @@ from clipdit.objective import Objective, draw_noise
 from clipdit.pipeline import ClipDiTPipeline, save_checkpoint
 from clipdit.sampling import guide, sample, seeded_noise
 from clipdit.sheets import contact_sheet
+from clipdit.train.alignment import Alignment
 from clipdit.train.order import batch_indices, step_generator
 from clipdit.train.state import save_tensors
 from clipdit.train.student import Teacher
@@ -42,6 +43,8 @@ class LossSettings:
     """Factor of the perceptual distance of decoded estimate and target; 0 leaves it out."""
     perceptual_network: PerceptualKind = "st-lpips"
     """Which distance that is. "lpips" is the paper's; its trunk must be on this machine."""
+    alignment: float = 0.0
+    """Factor of REPA's loss: a block's tokens, projected, against CLIP's of the target (see alignment.py); 0 leaves it out."""
     gate: float = 0.6
     """Signal level (0 noise, 1 clean) from which the pixel losses count."""
     fraction: float = 0.25
@@ -54,8 +57,13 @@ class LossSettings:
         """Whether anything has to be decoded."""
         return self.clip_similarity > 0 or self.perceptual > 0
 
+    @property
+    def wants_clip(self) -> bool:
+        """Whether a loss asks CLIP, whatever the model reads."""
+        return self.clip_similarity > 0 or self.alignment > 0
+
     def __post_init__(self) -> None:
-        for name in ("reconstruction", "clip_similarity", "perceptual", "crop"):
+        for name in ("reconstruction", "clip_similarity", "perceptual", "alignment", "crop"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}; wanted 0 or more")
         for name in ("gate", "fraction"):
@@ -78,6 +86,7 @@ class TranslationModule(nn.Module):
         perceptual: (output, target) in [-1, 1] -> a distance an image; None where loss.perceptual is 0.
         clip: None where loss.clip_similarity is 0.
         teacher: says what the DiT should predict; None leaves that to the objective and the target.
+        clip_token_width: of the target's CLIP tokens in a batch; None where loss.alignment is 0.
     """
 
     def __init__(
@@ -90,6 +99,7 @@ class TranslationModule(nn.Module):
         clip: ClipImageEncoder | None = None,
         perceptual: nn.Module | None = None,
         teacher: Teacher | None = None,
+        clip_token_width: int | None = None,
     ):
         super().__init__()
         self.dit, self.objective, self.loss, self.teacher = dit, objective, loss, teacher
@@ -99,6 +109,8 @@ class TranslationModule(nn.Module):
         self.autoencoder = autoencoder.requires_grad_(False) if loss.pixels else None
         self.perceptual = perceptual.requires_grad_(False) if perceptual is not None and loss.perceptual else None
         self.clip = clip.requires_grad_(False) if clip is not None and loss.clip_similarity else None
+        assert clip_token_width is not None or not loss.alignment
+        self.alignment = Alignment(dit, clip_token_width) if clip_token_width is not None and loss.alignment else None
 
     def forward(self, batch: Batch) -> Losses:
         condition = condition_of(batch, self.dit)
@@ -106,11 +118,15 @@ class TranslationModule(nn.Module):
         condition = condition.map(lambda x: x * keep.reshape(-1, *[1] * (x.ndim - 1)))
         noised = self.objective.noised(batch["target"], batch["noise"], batch["time"])
         prediction = self.dit(noised.x, noised.t, condition).float()
+        losses: Losses = {}
+        if self.alignment is not None:  # before anything else runs the DiT again
+            patch, (height, width) = self.dit.config["patch"], noised.x.shape[-2:]
+            losses["alignment"] = self.alignment((height // patch, width // patch), batch["target_tokens"])
         wanted = noised.prediction_target
         if self.teacher is not None:
             wanted = self.teacher.chord(self.dit, noised.x, noised.t, condition)
         error = (prediction - wanted).square().mean((1, 2, 3))
-        losses = {"reconstruction": noised.weight * error}
+        losses["reconstruction"] = noised.weight * error
         if self.loss.pixels:
             losses |= self._pixel_losses(batch, noised.x, noised.t, prediction, wanted)  # pyright: ignore[reportCallIssue]  (the decorator)
         return losses
@@ -190,9 +206,16 @@ class TranslationTask:
         self.clip, self.cache, self.held = clip.eval() if clip else None, cache, held
         self.batch, self.seed, self.drop, self.steps, self.guidance = batch, seed, drop, steps, guidance
         self.module = TranslationModule(
-            self.dit, objective, loss, autoencoder=self.autoencoder, clip=self.clip, perceptual=perceptual, teacher=teacher
+            self.dit,
+            objective,
+            loss,
+            autoencoder=self.autoencoder,
+            clip=self.clip,
+            perceptual=perceptual,
+            teacher=teacher,
+            clip_token_width=self.clip.token_width if self.clip is not None and loss.alignment else None,
         )
-        factors = {n: getattr(loss, n) for n in ("reconstruction", "clip_similarity", "perceptual")}
+        factors = {n: getattr(loss, n) for n in ("reconstruction", "clip_similarity", "perceptual", "alignment")}
         self.weights = {name: factor for name, factor in factors.items() if factor}
 
     def draw(self, step: int) -> Batch:
@@ -201,7 +224,7 @@ class TranslationTask:
         views = torch.randint(self.cache.views, (self.batch,), generator=generator).numpy()
         batch = self.cache.rows(pairs * self.cache.views + views)
         if not self.dit.reads_clip:
-            batch = {name: batch[name] for name in ("target", "source")}
+            batch = {name: part for name, part in batch.items() if name not in ("tokens", "pooled")}
         batch["time"] = self.objective.sample_times(self.batch, generator)
         batch["noise"] = draw_noise(batch["target"], generator)
         batch["keep"] = torch.rand(self.batch, generator=generator) >= self.drop

@@ -1,9 +1,14 @@
 """The comparison: equal terms for all, from pairs to tables and figures, and on from where it was stopped."""
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -31,6 +36,13 @@ def pairs(tmp_path_factory) -> Path:
             both = torch.cat((source, source.flip(-1)), dim=-1).repeat_interleave(16, 1).repeat_interleave(16, 2)
             write_image(folder / split / f"{i}.png", both)
     return folder
+
+
+def wait_until(true: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.2)
 
 
 def small_gan(base: TranslationExperiment) -> AdversarialExperiment:
@@ -108,6 +120,30 @@ def test_from_pairs_to_tables_and_figures_and_nothing_twice(small, tiny_experime
     assert compare(more, out) == {} and run_folder(out, "concat", 0).exists()
     with pytest.raises(ValueError, match="another setting of minutes"):
         compare(replace(plan, minutes=1.0), out)
+    with pytest.raises(ValueError, match="another setting of base"):
+        compare(replace(plan, base=replace(plan.base, steps=3)), out)
+    # a comparison of before a setting was there goes on
+    file = out / "plan.json"
+    began = json.loads(file.read_text())
+    del began["plan"]["base"]["loss"]["alignment"]
+    file.write_text(json.dumps(began))
+    assert compare(more, out) == {}
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes as Linux shows them")
+def test_a_training_whose_comparison_is_killed_saves_and_ends(pairs, tmp_path):
+    words = ["--data", str(pairs), "--out", str(tmp_path / "out"), "--minutes", "9", "--methods", "pix2pix", "--size", "32"]
+    run = tmp_path / "out" / "runs" / "pix2pix" / "seed-0"
+    with subprocess.Popen([Path(sys.executable).with_name("clipdit"), "results", *words]) as started:
+        try:
+            wait_until(lambda: (run / "samples").exists() or (run / "history.jsonl").exists(), 120)
+            children = psutil.Process(started.pid).children(recursive=True)
+            assert children
+        finally:
+            started.kill()
+    _, left = psutil.wait_procs(children, timeout=60)
+    assert left == []
+    assert (run / "training_state.safetensors").exists()
 
 
 def test_what_fails_is_said_and_the_others_go_on(small, tiny_experiment, pairs, tmp_path, monkeypatch):
