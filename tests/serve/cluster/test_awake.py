@@ -15,10 +15,10 @@ async def test_it_goes_on_while_the_loop_runs_and_stands_still_while_it_does_not
     clock.start()
     began, awake_s = time.monotonic(), clock()
     await asyncio.sleep(4 * BEAT_S)
-    assert clock() - awake_s == pytest.approx(time.monotonic() - began, abs=0.5)
+    assert 2 * BEAT_S < clock() - awake_s <= time.monotonic() - began  # a busy machine may keep this loop waiting, too
     awake_s = clock()
-    time.sleep(3)  # that is what it is about
+    time.sleep(4)  # that is what it is about
     assert clock() - awake_s <= 2 * BEAT_S
     await asyncio.sleep(BEAT_S)
-    assert clock() - awake_s <= 3.5 * BEAT_S
+    assert clock() - awake_s < 2
     clock.stop()
