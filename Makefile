@@ -102,7 +102,7 @@ clean:
 	  echo "clipdit needs Python 3.11 or newer; $(or $(PYTHON),python3) is `$(or $(PYTHON),python3) --version 2>&1`. Install one, or name it: make PYTHON=/path/to/python3"; \
 	  exit 2; fi; \
 	[ -x $(BIN)/pip ] || $$python -m venv .venv || { rm -rf .venv; exit 2; }
-	@echo "installing into .venv; the first time takes about two minutes"
+	@echo "installing into .venv; the first time takes two to five minutes"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable ".[dev]"
 	@touch $@

@@ -146,9 +146,9 @@ def _vae(widths: tuple[int, ...], **options: Any) -> AutoencoderKL:
     """Stable Diffusion's kind of VAE, 4 channels: a level for each of `widths`, the sides halved after all but the last."""
     return AutoencoderKL(
         # diffusers writes tuple[str] where it means any length
-        down_block_types=("DownEncoderBlock2D",) * len(widths),  # pyright: ignore[reportArgumentType]
-        up_block_types=("UpDecoderBlock2D",) * len(widths),  # pyright: ignore[reportArgumentType]
-        block_out_channels=widths,  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownEncoderBlock2D",) * len(widths),  # pyright: ignore[reportArgumentType]  (diffusers annotates tuples of one)
+        up_block_types=("UpDecoderBlock2D",) * len(widths),  # pyright: ignore[reportArgumentType]  (diffusers annotates tuples of one)
+        block_out_channels=widths,  # pyright: ignore[reportArgumentType]  (diffusers annotates tuples of one)
         latent_channels=4,
         **options,
     )

@@ -147,7 +147,7 @@ class JobFolder:
                 while written < len(data):  # a nearly full disk takes a part, and says so at the next write
                     written += stream.write(data[written:])
                 os.fsync(stream.fileno())
-            except BaseException:
+            except BaseException:  # an interrupt, too: half a line must not stay
                 stream.truncate(before)
                 raise
 

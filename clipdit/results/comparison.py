@@ -148,12 +148,11 @@ def _claim(plan: Plan, out: Path) -> None:
     path, wanted = out / PLAN_FILE, plan.to_json()
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))["plan"]
-        for name in wanted:
-            same = found.get(name) == wanted[name]
-            if name == "base":
-                same = flat_as_now(found["base"], wanted["base"]) == flat(wanted["base"])
+        before = found | {"base": flat_as_now(found["base"], wanted["base"])}
+        now = wanted | {"base": flat(wanted["base"])}
+        for name in now:
             # more methods and seeds may come to what is there
-            if name not in ("methods", "seeds") and not same:
+            if name not in ("methods", "seeds") and before.get(name) != now[name]:
                 raise ValueError(f"{out} is a comparison with another setting of {name}; give a new folder, or take its settings")
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is there already and holds no {PLAN_FILE}; give a new or empty folder")

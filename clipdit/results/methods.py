@@ -39,7 +39,7 @@ def _changed(**parts: dict[str, object]) -> Callable[[TranslationExperiment], Tr
     """Ours with fields replaced, by part: `_changed(model={"qk_norm": True})`."""
 
     def make(base: TranslationExperiment) -> TranslationExperiment:
-        made = {part: replace(getattr(base, part), **fields) for part, fields in parts.items()}  # pyright: ignore[reportArgumentType]
+        made = {part: replace(getattr(base, part), **fields) for part, fields in parts.items()}  # pyright: ignore[reportArgumentType]  (fields by name)
         return replace(base, **made)
 
     return make

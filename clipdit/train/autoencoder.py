@@ -92,9 +92,9 @@ class AutoencoderSettings(DecoderSettings):
         """A fresh autoencoder."""
         levels = len(self.channels)
         return AutoencoderKL(  # diffusers types tuples of any length as tuples of one
-            down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
-            up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
-            block_out_channels=self.channels,  # pyright: ignore[reportArgumentType]
+            down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]  (diffusers annotates tuples of one)
+            up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]  (diffusers annotates tuples of one)
+            block_out_channels=self.channels,  # pyright: ignore[reportArgumentType]  (diffusers annotates tuples of one)
             layers_per_block=self.layers,
             latent_channels=self.latent_channels,
             norm_num_groups=8,

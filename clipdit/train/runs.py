@@ -269,6 +269,8 @@ def _on_latents(
     experiment: TranslationExperiment | StudentExperiment, parts: Parts, pairs: Sequence[Pair], val: Sequence[Pair], out: Path
 ) -> TranslationTask:
     settings, dit = experiment.train, parts.dit
+    if experiment.loss.wants_clip and parts.encoder is None:
+        raise ValueError("loss.clip_similarity and loss.alignment need a CLIP, and this model has none; leave them out")
     size = (experiment.pairs.size, experiment.pairs.size)
     perceptual = PerceptualLoss(experiment.loss.perceptual_network) if experiment.loss.perceptual else None
     clip = ClipImageEncoder(parts.encoder) if parts.encoder is not None else None

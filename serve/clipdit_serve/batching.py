@@ -392,7 +392,7 @@ class InProcessEngine:
             images, seconds = self._timed(
                 keeper, model, torch.stack([t.image for t in padded]), [t.seed for t in padded], sampling
             )
-        except Exception as error:
+        except Exception as error:  # whatever a backend raises: callers are waiting
             keeper.pace.abandon()
             if isinstance(error, torch.AcceleratorError):  # the device is lost to this process
                 raise

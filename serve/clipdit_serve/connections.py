@@ -21,7 +21,7 @@ class Connection(H11Protocol):
 
     _late: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  (asyncio's is wider)
         super().connection_made(transport)
         self._late = self.loop.call_later(HEAD_S, transport.close)
 

@@ -120,7 +120,7 @@ class Record:
         except asyncio.CancelledError:  # Ray Serve's way of saying that the caller left
             status, code = (status, code) if answered else (499, "client_closed_request")
             raise
-        except Exception as error:
+        except Exception as error:  # a mistake of ours, of any kind: the caller gets a row of the table, and the log the rest
             logger.error("request %s failed: %s", id, error, exc_info=error, extra={"request_id": id})
             if answered:  # half an answer is sent: the server can only break the connection
                 raise

@@ -57,7 +57,7 @@ def start(cpus: int, **options: Any) -> str:
             _temp_dir=folder,
             **options,
         )
-    except BaseException:
+    except BaseException:  # an interrupt, too: the folder is ours to remove
         remove(folder)
         raise
     return folder

@@ -79,7 +79,7 @@ class Reloads:
             before, told = engine.model, f"{name} " if len(self._engines) > 1 else ""
             try:
                 after = await asyncio.wrap_future(engine.reload())
-            except Exception as error:
+            except Exception as error:  # whatever the new model breaks at, the old one goes on
                 result = "refused"
                 changes.append(f"{told}{_revision(before)} goes on: {error}")
                 break

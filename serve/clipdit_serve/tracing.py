@@ -135,7 +135,7 @@ class Traces:
         error: BaseException | None = None
         try:
             yield attributes
-        except BaseException as raised:
+        except BaseException as raised:  # seen and sent on: a span tells of it, a caller who left included
             error = raised
             raise
         finally:

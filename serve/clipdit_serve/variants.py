@@ -24,7 +24,7 @@ class Variants(Mapping[str, Engine]):
     @classmethod
     def of(cls, engines: "Engine | Variants") -> "Variants":
         """Those, or the only one that there is."""
-        return engines if isinstance(engines, cls) else cls({"": engines})  # pyright: ignore[reportArgumentType]
+        return engines if isinstance(engines, cls) else cls({"": engines})  # pyright: ignore[reportArgumentType]  (an Engine, then)
 
     def __getitem__(self, name: str) -> Engine:
         return self._engines[name]

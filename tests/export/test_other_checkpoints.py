@@ -29,7 +29,7 @@ def pipeline(
     **changes,
 ) -> ClipDiTPipeline:
     """Random networks of other shapes than those of the other tests."""
-    tiny = tiny_pipeline(conditioning=conditioning, objective=objective)  # pyright: ignore[reportArgumentType]
+    tiny = tiny_pipeline(conditioning=conditioning, objective=objective)  # pyright: ignore[reportArgumentType]  (parametrized words)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         dit = DiT(
@@ -38,7 +38,7 @@ def pipeline(
             width=48,
             depth=3,
             heads=3,
-            conditioning=conditioning,  # pyright: ignore[reportArgumentType]
+            conditioning=conditioning,  # pyright: ignore[reportArgumentType]  (parametrized words)
             clip_token_width=24,
             clip_embedding_width=16,
             **changes,
@@ -48,7 +48,7 @@ def pipeline(
                 torch.nn.init.normal_(parameter, std=0.1)
     return ClipDiTPipeline(
         dit.eval(),
-        vae,  # pyright: ignore[reportArgumentType]
+        vae,  # pyright: ignore[reportArgumentType]  (parametrized words)
         tiny.scheduler,
         tiny.image_encoder,
         latents_mean=[0.0] * channels,

@@ -51,11 +51,11 @@ def repository(bundle: Path, tmp_path: Path) -> Path:
 def model(repository: Path, monkeypatch):
     """The model, initialised as Triton does it."""
     triton = ModuleType("triton_python_backend_utils")
-    triton.Tensor, triton.TritonError = Tensor, Error  # pyright: ignore[reportAttributeAccessIssue]
-    triton.InferenceResponse = lambda output_tensors, error=None: SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
+    triton.Tensor, triton.TritonError = Tensor, Error  # pyright: ignore[reportAttributeAccessIssue]  (a module made here)
+    triton.InferenceResponse = lambda output_tensors, error=None: SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]  (a module made here)
         tensors=output_tensors, error=error
     )
-    triton.get_input_tensor_by_name = lambda request, name: request[name]  # pyright: ignore[reportAttributeAccessIssue]
+    triton.get_input_tensor_by_name = lambda request, name: request[name]  # pyright: ignore[reportAttributeAccessIssue]  (a module made here)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
     spec = importlib.util.spec_from_file_location("triton_model", repository / "emoji" / "1" / "model.py")
     assert spec is not None and spec.loader is not None

@@ -22,7 +22,7 @@ class Wire(asyncio.Transport):
         super().__init__({"sockname": ("127.0.0.1", 80), "peername": ("127.0.0.1", 1)})
         self.answer, self.closed = b"", False
 
-    def write(self, data: bytes) -> None:  # type: ignore[override]
+    def write(self, data: bytes) -> None:  # type: ignore[override]  (asyncio's is wider)
         self.answer += data
 
     def close(self) -> None:

@@ -34,7 +34,7 @@ def test_twenty_minutes_of_all_kinds_of_requests_leave_memory_and_files_as_they_
     try:
         process = psutil.Process(service.process.pid)
         seen, answers = asyncio.run(_soak(service.url, process, tmp_path))
-    except BaseException:
+    except BaseException:  # an interrupt, too: the service must not stay
         service.process.kill()
         raise
     minutes, megabytes, files, temporary = np.array([row for row in seen if row[0] >= WARM_UP_MINUTES]).T

@@ -156,7 +156,7 @@ async def test_of_10000_parts_no_more_is_read_than_shows_that_there_are_too_many
                 yield parts[start : start + CHUNK]
 
         for path in ("/v1/translate", "/v1/images/edits", "/v1/jobs"):
-            sent = await send(client._transport.app, path, {"content-type": BOUNDARY}, chunks())  # type: ignore[attr-defined]
+            sent = await send(client._transport.app, path, {"content-type": BOUNDARY}, chunks())  # type: ignore[attr-defined]  (httpx's annotation is the base class)
             assert (sent.status, sent.code) == (400, "malformed_body")
             assert sent.taken <= 64 * 2**10 < len(parts)
 
@@ -181,7 +181,7 @@ async def test_another_content_type_is_415_and_nothing_is_read(type: str, app):
 async def test_while_the_queue_is_full_no_body_is_read(decoder):
     settings = ServeSettings(queue=1)
     async with served(Identity(), settings, decoder) as (client, engine):
-        application = client._transport.app  # type: ignore[attr-defined]
+        application = client._transport.app  # type: ignore[attr-defined]  (httpx's annotation is the base class)
         engine._admitted = 100
         sent = await send(application, "/v1/translate", PNG, repeated(bytes(CHUNK), 100))
         assert (sent.status, sent.code, sent.taken) == (429, "queue_full", 0)

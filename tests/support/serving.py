@@ -167,7 +167,7 @@ class Running:
 
     def __init__(self, *words: str, backend: str = "fake", environment: dict[str, str] | None = None):
         # a pipe that nobody reads would block it; and several processes write, each at the end
-        self._log = tempfile.TemporaryFile("a+")  # noqa: SIM115
+        self._log = tempfile.TemporaryFile("a+")  # noqa: SIM115  (closed with the service)
         self.process = subprocess.Popen(
             [CLIPDIT, "serve", "--backend", backend, "--port", "0", "--json", *words],
             stdout=subprocess.PIPE,

@@ -17,7 +17,7 @@ def main(*given: str) -> int:
     try:
         import modelopt  # pyright: ignore[reportMissingImports]  # that of the other Python
         import numpy as np
-        from modelopt.onnx.quantization import quantize  # pyright: ignore[reportMissingImports]
+        from modelopt.onnx.quantization import quantize  # pyright: ignore[reportMissingImports]  (that of the other Python)
     except ImportError as error:
         print(error, file=sys.stderr)
         return NO_MODELOPT

@@ -24,7 +24,7 @@ class AwakeClock:
             self._beating.cancel()
 
     def __call__(self) -> float:
-        # before the first beat, and when the loop is late, no more than a beat counts: the rest it did not see
+        # when the loop is late, no more than two beats count: the rest it did not see
         return self._awake_s + min(time.monotonic() - self._beat_at_s, 2 * BEAT_S)
 
     async def _beat(self) -> None:

@@ -87,7 +87,7 @@ class _Passage:
             return
         try:
             await self._border.pass_on(self._scope, self._take, self._give)
-        except Exception:
+        except Exception:  # of the proxy, which answers nothing then: we do
             if self._answered:
                 raise
         finally:

@@ -92,7 +92,7 @@ class ModelReplica:
         """The new model; or why the old one goes on."""
         try:
             return await asyncio.wrap_future(self._engine.reload())
-        except Exception as error:
+        except Exception as error:  # whatever the new model breaks at: it is the answer
             return str(error) or type(error).__name__
 
     def check_health(self) -> None:

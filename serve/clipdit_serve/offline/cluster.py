@@ -76,7 +76,7 @@ class Cluster:
             return lost
         try:
             nodes = within(10.0, ray.nodes)
-        except Exception as error:
+        except Exception as error:  # any error of its client says the same
             return f"Ray does not answer ({' '.join(str(error).split())[:200] or type(error).__name__})"
         return None if any(node["Alive"] for node in nodes) else "Ray's last node died"
 
@@ -86,7 +86,7 @@ class Cluster:
 
         try:
             within(30.0, ray.shutdown)
-        except Exception as error:
+        except Exception as error:  # whatever it was, its folder goes, and the job has its result
             logger.warning("Ray did not end by itself: %s", error)
         if self._folder is not None:
             own_ray.remove(self._folder)
@@ -100,7 +100,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     def run() -> None:
         try:
             results.append(call())
-        except BaseException as error:
+        except BaseException as error:  # the caller raises it: it must not be lost with this thread
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)

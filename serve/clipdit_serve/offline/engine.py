@@ -224,7 +224,7 @@ class _Drain:
             for block in self.dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
                 self.blocks.put(block)
             self.blocks.put(None)
-        except BaseException as error:
+        except BaseException as error:  # likewise: who takes the blocks raises it
             self.blocks.put(error)
 
     def _take(self, block: Any) -> None:

@@ -59,7 +59,7 @@ class TranslateStage:
             if threads is not None:
                 torch.set_num_threads(threads)
             self.translate = self._open(open_translator, work, expected)
-        except Exception as error:
+        except Exception as error:  # an actor that raises here is started again and again: the driver is to hear of it
             self.fault = _fault(error)
 
     def _open(self, open_translator: OpenTranslator, work: Work, expected: Model) -> Halving:
@@ -77,7 +77,7 @@ class TranslateStage:
         if self.fault is None:
             try:
                 return self._translated(block)
-            except Exception as error:
+            except Exception as error:  # likewise: Ray would try the block again, for ever
                 self.fault = _fault(error)
         return table([({"fault": self.fault}, None)])
 

@@ -115,16 +115,22 @@ def test_it_keeps_its_teachers_parts_and_statistics(teacher, pairs_folder, tmp_p
     assert (out / "samples" / "step-000001.png").exists()
 
 
-@pytest.mark.parametrize("kind", ["noise", "size"])
+REFUSED = {
+    "noise": "is of DDPM; a student learns from",
+    "size": "pairs.size is 64; wanted the size of --teacher",
+    "no CLIP": "loss.clip_similarity and loss.alignment need a CLIP, and this model has none; leave them out",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
 def test_a_teacher_that_cannot_teach_is_refused(kind, teacher, pairs_folder, tmp_path, capsys):
     given, more = teacher, ()
     if kind == "noise":
         given = tiny_checkpoint(tmp_path / "ddpm", objective=DDPM())
-    else:
+    elif kind == "size":
         more = ("--pairs.size", 64)
+    else:
+        given, more = tiny_checkpoint(tmp_path / "concat", conditioning="concat"), ("--loss.alignment", 0.5)
     assert main([*words(given, pairs_folder, tmp_path / "out"), *map(str, more)]) == 2
-    message = capsys.readouterr().err
-    assert (
-        "is of DDPM; a student learns from" if kind == "noise" else "pairs.size is 64; wanted the size of --teacher"
-    ) in message
-    assert not (tmp_path / "out" / "model_index.json").exists()
+    assert REFUSED[kind] in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model_index.json").exists() and not list((tmp_path / "out").glob("cache/*"))
