@@ -67,6 +67,8 @@ class Limits:
     latent_channels: int
     downscale: int
     """Pixels per latent cell along one side."""
+    guidable: bool = True
+    """Whether guidance means anything: the network has learnt what it says without a source."""
 
     def check_images(self, shape: tuple[int, ...]) -> None:
         """ValueError when a (B, 3, H, W) batch of this shape cannot be served."""

@@ -5,6 +5,7 @@ Memory and the time to a first image come from a fresh process for each.
 """
 
 import json
+import logging
 import multiprocessing
 import resource
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 
 from clipdit.backend import open_backend
@@ -25,6 +27,7 @@ from clipdit.sampling import seeded_noise
 from clipdit.shapes import ImageU8
 from clipdit.translator import Translator
 
+logger = logging.getLogger(__name__)
 FORMAT = "clipdit-bench-1"
 
 
@@ -131,6 +134,10 @@ def run(
             if candidate is candidates[0]:
                 raise
             left_out[candidate.label] = str(error)
+    together, has = sum(cold[c][1] for c in translators), psutil.virtual_memory().total / 2**20
+    if together > has:  # they stay open side by side, for they take turns
+        message = "these %d may need %.0f GiB at once, and there are %.0f; if the system ends the run, give fewer --backends"
+        logger.warning(message, len(translators), together / 1024, has / 1024)
     judge = Judges.open().perceptual.get("st_lpips_alex")
     device = torch.device("cpu")
     try:

@@ -11,7 +11,6 @@ from pathlib import Path
 import tyro
 
 from clipdit.backend import BUILT_IN
-from clipdit.consistency import Consistency
 from clipdit.data.augment import Augment
 from clipdit.data.layouts import Direction
 from clipdit.diffusion import DDPM
@@ -22,6 +21,7 @@ from clipdit.train.adversarial import AdversarySettings, GlobalGeneratorSettings
 from clipdit.train.autoencoder import AutoencoderSettings, DecoderSettings
 from clipdit.train.clip import ClipSettings
 from clipdit.train.loop import TrainSettings
+from clipdit.train.student import EndsSettings
 from clipdit.train.translation import LossSettings
 
 EXPERIMENT_FILE = "experiment.json"
@@ -128,6 +128,11 @@ class TranslationExperiment:
             raise ValueError(f"steps is {self.steps}; wanted at least 1")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance is {self.guidance}; wanted a finite number")
+        if self.guidance != 1 and not self.drop_condition:
+            raise ValueError(
+                f"guidance is {self.guidance}, and drop_condition 0; guidance needs a model trained without a source, too. "
+                "Give --drop-condition 0.1, or --guidance 1"
+            )
         if self.clip is None and self.model.conditioning != "concat":
             raise ValueError(f'conditioning "{self.model.conditioning}" reads CLIP; give --clip, or --model.conditioning concat')
         for name in ("clip_similarity", "alignment"):
@@ -144,7 +149,8 @@ class StudentExperiment:
     guidance: float | None = None
     """With which the teacher is followed; its default if not given."""
     pairs: PairSettings = field(default_factory=PairSettings)
-    objective: Consistency = field(default_factory=Consistency)
+    objective: FlowMatching = field(default_factory=lambda: FlowMatching(times="uniform", at_noise=0.5))
+    ends: EndsSettings = field(default_factory=EndsSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     steps: int = 1

@@ -71,6 +71,8 @@ class FlowMatching:
     """Of the logit-normal, in logits; > 0."""
     train_shift: float = 1.0
     """Shift of training times; > 1 trains more near the noise (large images), 1 is none."""
+    at_noise: float = 0.0
+    """Share of the training times that are 0, the noise itself: where a student of one step is asked."""
     shift: float = 1.0
     """Shift of sampling times; > 1 takes more of the steps near the noise, 1 spaces them equally. Travels in the checkpoint."""
     solver: FlowSolver = "euler"
@@ -79,6 +81,8 @@ class FlowMatching:
     solvers: ClassVar[tuple[str, ...]] = FLOW_SOLVERS
 
     def __post_init__(self) -> None:
+        if not 0 <= self.at_noise <= 1:
+            raise ValueError(f"at_noise is {self.at_noise}; wanted a share in [0, 1]")
         if not math.isfinite(self.mean):
             raise ValueError(f"mean is {self.mean}; wanted a finite number")
         for name in ("std", "train_shift", "shift"):
@@ -90,7 +94,11 @@ class FlowMatching:
             raise ValueError(f"solver is {self.solver!r}; a flow matching model takes {', '.join(self.solvers)}")
 
     def sample_times(self, batch: int, generator: torch.Generator) -> Time:
-        return sample_times(batch, generator, distribution=self.times, mean=self.mean, std=self.std, shift=self.train_shift)
+        t = sample_times(batch, generator, distribution=self.times, mean=self.mean, std=self.std, shift=self.train_shift)
+        if not self.at_noise:
+            return t
+        there = torch.rand(batch, generator=generator, device=generator.device) < self.at_noise
+        return torch.where(there, 0.0, t)
 
     def noised(self, target: Latent, noise: Latent, t: Time) -> Noised:
         target = target.to(noise.dtype)

@@ -1,9 +1,8 @@
 """What a network is trained to predict, behind one small set of questions, so that the training loop never asks which one it is.
 
-`clipdit.flow.FlowMatching` (velocity), `clipdit.diffusion.DDPM` (noise), `clipdit.consistency.Consistency` (the way to the end)
-and `clipdit.direct.Direct` (the image) are the answers. Each knows how to disturb a target, what the network should say about
-it, how to read a clean target out of what it said, and which tables sample from it. Network time t is 0 at the noise and 1 at
-the target for all.
+`clipdit.flow.FlowMatching` (velocity), `clipdit.diffusion.DDPM` (noise) and `clipdit.direct.Direct` (the image) are the answers.
+Each knows how to disturb a target, what the network should say about it, how to read a clean target out of what it said, and
+which tables sample from it. Network time t is 0 at the noise and 1 at the target for all.
 """
 
 from collections.abc import Mapping
@@ -108,13 +107,10 @@ def check_scheduler(given: SchedulerMixin, ours: SchedulerMixin) -> None:
 def objective_from(scheduler: SchedulerMixin) -> Objective:
     """The objective a checkpoint's scheduler stands for. What matters in training only (distribution of times, weights) is not in
     a scheduler and takes its default. ValueError if clipdit cannot sample as this scheduler does."""
-    from clipdit.consistency import Consistency
     from clipdit.diffusion import DDPM  # here, not above: all are built on this file
     from clipdit.direct import Direct
     from clipdit.flow import FlowMatching
 
-    if "LCM" in type(scheduler).__name__:
-        return Consistency.from_scheduler(scheduler)
     if "Flow" in type(scheduler).__name__ or settings(scheduler).get("use_flow_sigmas"):
         return FlowMatching.from_scheduler(scheduler)
     if settings(scheduler).get("prediction_type") == "sample":

@@ -41,6 +41,7 @@ class ClipDiTPipeline(DiffusionPipeline):
         latents_mean, latents_std: of each latent channel of the training targets.
         image_size: (height, width) of training, pixels.
         default_steps, default_guidance: used when a call names none.
+        guidable: whether guidance means anything: the network has learnt what it says without a source.
     """
 
     _optional_components = ["image_encoder"]  # noqa: RUF012  (diffusers reads a list)
@@ -61,6 +62,7 @@ class ClipDiTPipeline(DiffusionPipeline):
         image_size: tuple[int, int] | list[int] = (256, 256),
         default_steps: int = 20,
         default_guidance: float = 1.0,
+        guidable: bool = True,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, image_encoder=image_encoder)
@@ -70,6 +72,7 @@ class ClipDiTPipeline(DiffusionPipeline):
             image_size=list(image_size),
             default_steps=default_steps,
             default_guidance=default_guidance,
+            guidable=guidable,
         )
 
     # Made at each call, not kept: a user of diffusers replaces `pipeline.vae` or `pipeline.scheduler`, or moves the pipeline.
@@ -144,7 +147,7 @@ class ClipDiTPipeline(DiffusionPipeline):
 
 PARTS = ("transformer", "vae", "scheduler")
 """Folders of every checkpoint; `image_encoder` is there unless the conditioning is "concat"."""
-SETTINGS = ("latents_mean", "latents_std", "image_size", "default_steps", "default_guidance")
+SETTINGS = ("latents_mean", "latents_std", "image_size", "default_steps", "default_guidance", "guidable")
 """What `model_index.json` says beside the names of the parts."""
 DOWNLOAD = {"cache_dir", "force_download", "proxies", "local_files_only", "token", "revision"}
 
@@ -243,6 +246,7 @@ def _check_settings(index: dict[str, Any], path: Path) -> None:
         "image_size": (lambda v: isinstance(v, list) and len(v) == 2 and all(map(count, v)), "[height, width] in pixels"),
         "default_steps": (count, "a whole number above 0"),
         "default_guidance": (lambda v: number(v) and v >= 0, "a number, 1 for none"),
+        "guidable": (lambda v: isinstance(v, bool), "true or false"),
     }
     for name, (is_right, words) in wanted.items():
         if name in index and not is_right(index[name]):

@@ -7,12 +7,13 @@ positions once. So a step of the loop runs the blocks and nothing else.
 
 import copy
 import hashlib
+import inspect
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
@@ -32,6 +33,10 @@ Step = Callable[[Tensor, Modulation, Context, tuple[Tensor, ...]], Tensor]
 """(x, modulation, context, positions) -> prediction: what runs at every step; `DiT.forward_prepared`."""
 MODULATION_AT_ONCE = 2**24
 """Numbers of modulation that are computed ahead at once: 64 MiB in float32."""
+
+UNLIMITED: dict[str, Any] = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+"""Blocks with and without cross-attention and the last one, each for one image, two and any number: that is nine, and PyTorch
+runs what comes after eight without compiling it. (PyTorch of before this option keeps its eight.)"""
 
 SomeNetwork = TypeVar("SomeNetwork", bound=Network)
 
@@ -83,6 +88,7 @@ class EagerBackend:
             native_size=pipeline.native_size,
             latent_channels=autoencoder.latent_channels,
             downscale=autoencoder.downscale,
+            guidable=pipeline.config["guidable"],
         )
         self.defaults = pipeline.sampling_defaults
         self._folder = folder
@@ -255,7 +261,7 @@ class CompiledBackend(EagerBackend):
             return torch.compile(super()._build_step(dit), dynamic=None)
         twin = with_blocks_of_its_own(dit)
         for block in twin.blocks:
-            block.compile(dynamic=None)  # the second batch size compiles once more, for any size; the third does not
+            block.compile(dynamic=None, **UNLIMITED)  # the second batch size compiles once more, for any size; the third does not
         return super()._build_step(twin)
 
 

@@ -22,12 +22,14 @@ from numpy.lib.format import open_memmap
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
+from clipdit.backend import Condition
 from clipdit.data.augment import Augment, view
 from clipdit.data.layouts import Pair
 from clipdit.files import naming
 from clipdit.images import to_float
 from clipdit.model.autoencoder import Autoencoder, is_of_decoder
 from clipdit.model.clip import ClipImageEncoder
+from clipdit.model.network import Network
 from clipdit.train.task import Batch
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,14 @@ class LatentCache:
     @property
     def bytes(self) -> int:
         return sum(part.nbytes for part in self._parts.values())
+
+
+def condition_of(batch: Batch, dit: Network) -> Condition:
+    """The condition in a cached batch; without CLIP its two parts are empty."""
+    latent, config = batch["source"], dict(dit.config)
+    tokens = batch["tokens"] if "tokens" in batch else latent.new_zeros(len(latent), 0, config["clip_token_width"])
+    pooled = batch["pooled"] if "pooled" in batch else latent.new_zeros(len(latent), config["clip_embedding_width"])
+    return Condition(tokens=tokens, pooled=pooled, latent=latent)
 
 
 def fingerprint(module: torch.nn.Module | None, leaving_out: Callable[[str], bool] = lambda name: False) -> str:

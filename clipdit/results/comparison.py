@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
-from clipdit.experiment import Experiment, TranslationExperiment, to_json
+from clipdit.experiment import EXPERIMENT_FILE, Experiment, TranslationExperiment, to_json
 from clipdit.files import write_atomically
 from clipdit.presets import student
 from clipdit.provenance import provenance
 from clipdit.results.methods import METHODS, student_of
-from clipdit.train.guard import flat, flat_as_now
+from clipdit.train.guard import check_same_experiment, flat, flat_as_now
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,9 @@ def evaluation_file(out: Path, variant: Variant, seed: int) -> Path:
 def compare(plan: Plan, out: Path, *, device: str | None = None) -> dict[str, str]:
     """Do what is not done yet. Returns what could not be done: name -> reason, empty when all went well.
 
-    ValueError when `out` is a comparison of other settings."""
+    ValueError when `out` is a comparison of other settings, or holds a run of what a method was before it changed."""
     _claim(plan, out)
+    _check_finished(plan, out)
     failed: dict[str, str] = {}
     for seed in plan.seeds:  # a seed of every method before the second of any: what is there early can be compared
         for name in plan.methods:
@@ -158,6 +159,23 @@ def _claim(plan: Plan, out: Path) -> None:
         raise ValueError(f"{out} is there already and holds no {PLAN_FILE}; give a new or empty folder")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps({"plan": wanted, **provenance()}, indent=2) + "\n")
+
+
+def _check_finished(plan: Plan, out: Path) -> None:
+    for seed in plan.seeds:
+        for name in plan.methods:
+            folder = run_folder(out, name, seed)
+            if not (folder / FINISHED_FILE).exists():
+                continue  # one that goes on is checked by the training itself
+            wanted = to_json(*experiment_of(plan, name, seed, out)) | {"teacher": ""}  # a place, as the caller gave it
+            stored = json.loads((folder / EXPERIMENT_FILE).read_text(encoding="utf-8")) | {"teacher": ""}
+            try:
+                check_same_experiment(json.dumps(stored), wanted)
+            except ValueError as error:
+                evaluated = out / "evaluations" / name
+                raise ValueError(
+                    f"{folder} is of another {name}: {error}, or delete it and {evaluated}*, and it is done again"
+                ) from None
 
 
 def _train(plan: Plan, name: str, seed: int, out: Path) -> None:

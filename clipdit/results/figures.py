@@ -151,7 +151,7 @@ def architecture(pipeline: ClipDiTPipeline, title: str) -> Figure:
     _box(axis, 54, 1, 24, 7, "x", f"{latent} from noise, {tokens} tokens")
     _arrow(axis, (66, 8), (66, 13))
     steps = pipeline.sampling_defaults.steps
-    kind = {"FlowMatching": "velocity", "DDPM": "noise", "Consistency": "way to the end"}[type(pipeline.objective).__name__]
+    kind = {"FlowMatching": "velocity", "DDPM": "noise"}[type(pipeline.objective).__name__]
     guided = pipeline.sampling_defaults.guidance
     loop = f"{kind}; {steps} steps of {pipeline.objective.solver}" + (f"\nguidance {guided:g}" if guided != 1 else "")
     turn = {"arrowstyle": "-|>", "color": INK, "connectionstyle": "arc3,rad=-0.6", "shrinkA": 4, "shrinkB": 4}

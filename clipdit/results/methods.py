@@ -77,7 +77,7 @@ METHODS: dict[str, Method] = {
         make=None,
         teacher="ours",
         steps=(2, 4),
-        about="consistency distillation of ours, after it and for as long again",
+        about="reflow of ours, after it and for as long again",
     ),
     "clip": Method(
         label="CLIP alone",

@@ -119,7 +119,7 @@ def check_plan(settings: "TrainSettings", minutes: float | None, processes: int)
         )
 
 
-ADDED_LATER = {"train.fused": False, "model.mlp": "gelu", "loss.alignment": 0.0}
+ADDED_LATER = {"train.fused": False, "model.mlp": "gelu", "loss.alignment": 0.0, "objective.at_noise": 0.0}
 """Settings that runs begun before them do not name, with what such a run does."""
 
 

@@ -24,9 +24,10 @@ def batch_indices(size: int, batch: int, step: int, seed: int) -> Int[np.ndarray
     return np.array([_permutation(seed, int(p) // size, size)[int(p) % size] for p in positions])
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The CPU generator for all randomness of one step's batch (noise, times, dropout, crops)."""
-    bits = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint32)[0])
+def step_generator(seed: int, step: int, purpose: int | None = None) -> torch.Generator:
+    """The CPU generator for all randomness of one step's batch (noise, times, dropout, crops), or for another purpose."""
+    key = (seed, step) if purpose is None else (seed, step, purpose)
+    bits = int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
     return torch.Generator().manual_seed(bits)
 
 

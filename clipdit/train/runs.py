@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPVisionModelWithProjection
 
 from clipdit.backend import locate
-from clipdit.data.cache import Statistics, build_cache, fingerprint
+from clipdit.data.cache import LatentCache, Statistics, build_cache, fingerprint
 from clipdit.data.layouts import Pair
 from clipdit.data.pairs import PairSet, find_pairs
 from clipdit.data.pixels import PixelStore, read_pixels
@@ -42,16 +42,17 @@ from clipdit.model.ops import Ops
 from clipdit.model.pixels import Pixels
 from clipdit.pipeline import ClipDiTPipeline, load_checkpoint
 from clipdit.presets import PRESETS
+from clipdit.torch_backend import EagerBackend
 from clipdit.train import card
 from clipdit.train.adversarial import AdversarialTask
 from clipdit.train.autoencoder import AutoencoderTask
 from clipdit.train.clip import ClipTask, read_captions
 from clipdit.train.guard import check_plan, check_same_experiment
-from clipdit.train.loop import train
+from clipdit.train.loop import resolve_precision, train
 from clipdit.train.processes import from_main, main_first, processes
 from clipdit.train.record import read_history
 from clipdit.train.state import STATE_FILE, Progress, read_progress
-from clipdit.train.student import Teacher
+from clipdit.train.student import Ends
 from clipdit.train.translation import Held, TranslationTask
 
 logger = logging.getLogger(__name__)
@@ -236,14 +237,12 @@ def student_task(experiment: StudentExperiment, pairs: Sequence[Pair], val: Sequ
         raise ValueError(
             f"pairs.size is {experiment.pairs.size}; wanted the size of --teacher {experiment.teacher}, {width} x {height}"
         )
-    followed = given.sampling_defaults.guidance if experiment.guidance is None else experiment.guidance
-    teacher = Teacher(copy.deepcopy(dit), guidance=followed, intervals=experiment.objective.intervals)
     mean, std = given.config["latents_mean"], given.config["latents_std"]
     parts = Parts(
-        dit=dit.requires_grad_(True).train(),
+        dit=copy.deepcopy(dit).requires_grad_(True).train(),
         vae=given.vae,
         encoder=given.image_encoder,
-        teacher=teacher,
+        teacher=given,
         statistics=Statistics(mean=mean, std=std) if mean is not None and std is not None else None,
     )
     return _on_latents(experiment, parts, pairs, val, out)
@@ -260,7 +259,7 @@ class Parts:
     """Default of the checkpoint."""
     drop: float = 0.0
     """Share of the images whose source is withheld."""
-    teacher: Teacher | None = None
+    teacher: ClipDiTPipeline | None = None
     statistics: Statistics | None = None
     """Of the latents that the DiT knows; None are those of these targets."""
 
@@ -299,8 +298,11 @@ def _on_latents(
         image_size=size,
         default_steps=experiment.steps,
         default_guidance=parts.guidance,
+        guidable=parts.drop > 0,
     )
-    held = val[:SHEET_ROWS]
+    held, ends = val[:SHEET_ROWS], None
+    if isinstance(experiment, StudentExperiment) and parts.teacher is not None:
+        ends = _ends(experiment, parts.teacher, cache, out)
     return TranslationTask(
         pipeline,
         experiment.objective,
@@ -314,7 +316,25 @@ def _on_latents(
         drop=parts.drop,
         steps=experiment.steps,
         guidance=parts.guidance,
-        teacher=parts.teacher,
+        ends=ends,
+    )
+
+
+def _ends(experiment: StudentExperiment, teacher: ClipDiTPipeline, cache: LatentCache, out: Path) -> Ends:
+    """What the teacher says, in the precision of training."""
+    device, defaults = cast(torch.device, processes().device), teacher.sampling_defaults
+    dtype = torch.bfloat16 if resolve_precision(experiment.train.precision, device) == "bf16" else torch.float32
+    dit = teacher.transformer.requires_grad_(False).eval().to(device, dtype)
+    return Ends(
+        EagerBackend(teacher),
+        dit,
+        teacher.objective.table(experiment.ends.steps or defaults.steps),
+        guidance=defaults.guidance if experiment.guidance is None else experiment.guidance,
+        cache=cache,
+        folder=out / "ends",
+        batch=experiment.train.batch_size,
+        seed=experiment.train.seed,
+        settings=experiment.ends,
     )
 
 

@@ -12,8 +12,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from clipdit.backend import Condition
-from clipdit.data.cache import LatentCache
+from clipdit.data.cache import LatentCache, condition_of
 from clipdit.files import replace_folder_contents
 from clipdit.images import to_float, to_u8, write_image
 from clipdit.losses import ClipSimilarityLoss, PerceptualKind
@@ -27,7 +26,7 @@ from clipdit.sheets import contact_sheet
 from clipdit.train.alignment import Alignment
 from clipdit.train.order import batch_indices, step_generator
 from clipdit.train.state import save_tensors
-from clipdit.train.student import Teacher
+from clipdit.train.student import Ends
 from clipdit.train.task import Batch, Losses
 
 
@@ -71,21 +70,12 @@ class LossSettings:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}; wanted a number in [0, 1]")
 
 
-def condition_of(batch: Batch, dit: DiT) -> Condition:
-    """The condition in a cached batch; without CLIP its two parts are empty."""
-    latent, config = batch["source"], dict(dit.config)
-    tokens = batch["tokens"] if "tokens" in batch else latent.new_zeros(len(latent), 0, config["clip_token_width"])
-    pooled = batch["pooled"] if "pooled" in batch else latent.new_zeros(len(latent), config["clip_embedding_width"])
-    return Condition(tokens=tokens, pooled=pooled, latent=latent)
-
-
 class TranslationModule(nn.Module):
     """The DiT with its losses. The networks that only judge are frozen.
 
     Args:
         perceptual: (output, target) in [-1, 1] -> a distance an image; None where loss.perceptual is 0.
         clip: None where loss.clip_similarity is 0.
-        teacher: says what the DiT should predict; None leaves that to the objective and the target.
         clip_token_width: of the target's CLIP tokens in a batch; None where loss.alignment is 0.
     """
 
@@ -98,11 +88,10 @@ class TranslationModule(nn.Module):
         autoencoder: Autoencoder,
         clip: ClipImageEncoder | None = None,
         perceptual: nn.Module | None = None,
-        teacher: Teacher | None = None,
         clip_token_width: int | None = None,
     ):
         super().__init__()
-        self.dit, self.objective, self.loss, self.teacher = dit, objective, loss, teacher
+        self.dit, self.objective, self.loss = dit, objective, loss
         if loss.clip_similarity and clip is None:
             raise ValueError("loss.clip_similarity needs a CLIP image encoder; give --clip, or set it to 0")
         assert perceptual is not None or not loss.perceptual
@@ -122,19 +111,16 @@ class TranslationModule(nn.Module):
         if self.alignment is not None:  # before anything else runs the DiT again
             patch, (height, width) = self.dit.config["patch"], noised.x.shape[-2:]
             losses["alignment"] = self.alignment((height // patch, width // patch), batch["target_tokens"])
-        wanted = noised.prediction_target
-        if self.teacher is not None:
-            wanted = self.teacher.chord(self.dit, noised.x, noised.t, condition)
-        error = (prediction - wanted).square().mean((1, 2, 3))
+        error = (prediction - noised.prediction_target).square().mean((1, 2, 3))
         losses["reconstruction"] = noised.weight * error
         if self.loss.pixels:
-            losses |= self._pixel_losses(batch, noised.x, noised.t, prediction, wanted)  # pyright: ignore[reportCallIssue]  (the decorator)
+            losses |= self._pixel_losses(batch, noised.x, noised.t, prediction)  # pyright: ignore[reportCallIssue]  (the decorator)
         return losses
 
     # Outside of what --train.compile compiles: another number of images in every step means minutes of compiling, and PyTorch
     # 2.15 cannot compile the gradient of CLIP's bicubic resizing of a batch whose size changes.
     @torch.compiler.disable
-    def _pixel_losses(self, batch: Batch, x: Tensor, t: Tensor, prediction: Tensor, wanted: Tensor) -> Losses:
+    def _pixel_losses(self, batch: Batch, x: Tensor, t: Tensor, prediction: Tensor) -> Losses:
         """Per image; 0 where the gate is closed. Divided by the share of images looked at, so factors do not depend on it."""
         assert self.autoencoder is not None
         chosen = (batch["look"] & (self.objective.signal_level(t) >= self.loss.gate)).nonzero()[:, 0]
@@ -143,8 +129,7 @@ class TranslationModule(nn.Module):
         if not len(chosen):
             return {name: zeros + 0.0 * prediction.sum() for name in names}
         estimate = self.objective.estimate_target(x, t, prediction)[chosen]
-        target = batch["target"] if self.teacher is None else self.objective.estimate_target(x, t, wanted)
-        target = target[chosen]
+        target = batch["target"][chosen]
         if self.loss.crop:
             estimate, target = (_crop(z, batch["corner"][chosen], self.loss.crop) for z in (estimate, target))
         output, pixels = self.autoencoder.decode(estimate).float(), self.autoencoder.decode(target).float()
@@ -198,12 +183,13 @@ class TranslationTask:
         drop: float,
         steps: int,
         guidance: float,
-        teacher: Teacher | None = None,
+        ends: Ends | None = None,
     ):
-        """`pipeline` is the checkpoint whose DiT is trained; `objective` its own, with what matters in training only."""
+        """`pipeline` is the checkpoint whose DiT is trained; `objective` its own, with what matters in training only; `ends` are
+        a teacher's, which a student learns to reach instead of the targets."""
         self.pipeline, self.dit, self.objective, self.loss = pipeline, pipeline.transformer, objective, loss
         self.autoencoder = Autoencoder(pipeline.vae, cache.statistics.mean, cache.statistics.std).eval()
-        self.clip, self.cache, self.held = clip.eval() if clip else None, cache, held
+        self.clip, self.cache, self.held, self.ends = clip.eval() if clip else None, cache, held, ends
         self.batch, self.seed, self.drop, self.steps, self.guidance = batch, seed, drop, steps, guidance
         self.module = TranslationModule(
             self.dit,
@@ -212,7 +198,6 @@ class TranslationTask:
             autoencoder=self.autoencoder,
             clip=self.clip,
             perceptual=perceptual,
-            teacher=teacher,
             clip_token_width=self.clip.token_width if self.clip is not None and loss.alignment else None,
         )
         factors = {n: getattr(loss, n) for n in ("reconstruction", "clip_similarity", "perceptual", "alignment")}
@@ -220,13 +205,18 @@ class TranslationTask:
 
     def draw(self, step: int) -> Batch:
         generator = step_generator(self.seed, step)
-        pairs = batch_indices(self.cache.pairs, self.batch, step, self.seed)
-        views = torch.randint(self.cache.views, (self.batch,), generator=generator).numpy()
-        batch = self.cache.rows(pairs * self.cache.views + views)
+        if self.ends is None:
+            pairs = batch_indices(self.cache.pairs, self.batch, step, self.seed)
+            views = torch.randint(self.cache.views, (self.batch,), generator=generator).numpy()
+            batch = self.cache.rows(pairs * self.cache.views + views)
+        else:
+            rows, noise, end = self.ends.draw(step, generator)
+            batch = self.cache.rows(rows) | {"target": end, "noise": noise}
         if not self.dit.reads_clip:
             batch = {name: part for name, part in batch.items() if name not in ("tokens", "pooled")}
         batch["time"] = self.objective.sample_times(self.batch, generator)
-        batch["noise"] = draw_noise(batch["target"], generator)
+        if self.ends is None:
+            batch["noise"] = draw_noise(batch["target"], generator)
         batch["keep"] = torch.rand(self.batch, generator=generator) >= self.drop
         if self.loss.pixels:
             batch["look"] = torch.rand(self.batch, generator=generator) < self.loss.fraction

@@ -333,6 +333,7 @@ def model_of(pipeline: ClipDiTPipeline, fingerprint: str) -> Model:
         downscale=autoencoder.downscale,
         steps=defaults.steps,
         guidance=defaults.guidance,
+        guidable=pipeline.config["guidable"],
         conditioning=dit.config["conditioning"],
         tokens=(clip.tokens if clip is not None else 0, dit.config["clip_token_width"]),
         pooled=dit.config["clip_embedding_width"],

@@ -45,6 +45,8 @@ class Model(_Strict):
     downscale: int
     steps: int
     guidance: float
+    guidable: bool = True
+    """Whether guidance means anything; a bundle that does not say is of a model that was trained for it."""
     conditioning: Literal["clip", "concat", "both"]
     tokens: tuple[int, int]
     """(M, E): CLIP patch tokens of an image and their width; (0, 1) without CLIP."""

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,17 @@ def test_records_that_cannot_be_compared_are_refused(change: dict, reason: str, 
 def test_a_first_candidate_that_cannot_run_ends_the_run(tmp_path: Path):
     with pytest.raises(ValueError, match="there is no folder"):
         run([Candidate(model=str(tmp_path / "none"), backend="eager")], SOURCES)
+
+
+def test_rivals_that_may_not_fit_into_memory_side_by_side_are_announced(tmp_path: Path, monkeypatch, caplog):
+    folder = str(tiny_checkpoint(tmp_path / "tiny"))
+    rival = Candidate(model=folder, backend="fake")
+    monkeypatch.setattr("clipdit.bench._in_fresh_process", lambda *_: (1.0, 3 * 1024))
+    for gib, said in ((2, True), (4, False)):
+        caplog.clear()
+        monkeypatch.setattr("psutil.virtual_memory", lambda gib=gib: SimpleNamespace(total=gib * 2**30))
+        run([rival], SOURCES, steps=1, batches=(), seconds=0.01)
+        assert ("these 1 may need 3 GiB at once, and there are 2; if the system" in caplog.text) is said
 
 
 def test_the_table_and_the_plot_show_every_entry(bench: Bench):

@@ -54,6 +54,10 @@ def test_impossible_models_are_refused_by_name(change: dict, reason: str):
         ({"drop_condition": math.nan}, r"drop_condition is nan"),
         ({"steps": 0}, r"steps is 0; wanted at least 1"),
         ({"guidance": math.inf}, r"guidance is inf; wanted a finite number"),
+        (
+            {"guidance": 1.5, "drop_condition": 0.0},
+            r"drop_condition 0; guidance needs .* Give --drop-condition 0.1, or",
+        ),
         ({"clip": None}, r'conditioning "both" reads CLIP; give --clip, or --model.conditioning concat'),
         (
             {"clip": None, "model": ModelSettings(conditioning="concat"), "loss": LossSettings(clip_similarity=0.1)},

@@ -73,6 +73,16 @@ def test_uniform_times_are_uniform():
     assert (histogram - 0.1).abs().max() < 0.01
 
 
+def test_a_share_of_the_times_is_the_noise_itself():
+    plain, some = FlowMatching(times="uniform"), FlowMatching(times="uniform", at_noise=0.5)
+    t = some.sample_times(20_000, torch.Generator().manual_seed(0))
+    assert 0.48 < (t == 0).float().mean() < 0.52
+    assert 0.48 < t[t > 0].mean() < 0.52
+    assert (plain.sample_times(1000, torch.Generator().manual_seed(0)) > 0).all()
+    with pytest.raises(ValueError, match=r"at_noise is 1.5; wanted a share in \[0, 1\]"):
+        FlowMatching(at_noise=1.5)
+
+
 def test_shift_above_one_trains_nearer_the_noise():
     plain, shifted = (sample_times(1000, generator(), shift=shift) for shift in (1.0, 3.0))
     assert (shifted < plain).all()

@@ -342,6 +342,7 @@ DAMAGES = {
     "image size that does not divide": (index(image_size=[32, 36]), "image_size is [32, 36]; wanted multiples of 8"),
     "no steps": (index(default_steps=0), "default_steps is 0; wanted a whole number above 0"),
     "guidance that is no number": (index(default_guidance=None), "default_guidance is None; wanted a number"),
+    "guidable that is neither": (index(guidable=1), "guidable is 1; wanted true or false"),
     # weights
     "truncated weights": (lambda f: truncate(f / DIT, 20_000), "is damaged or no safetensors file"),
     "truncated header": (lambda f: truncate(f / VAE, 100), "is damaged or no safetensors file"),

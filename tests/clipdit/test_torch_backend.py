@@ -1,5 +1,6 @@
 """Eager: the networks of a checkpoint folder, asked the way everything else is compared with."""
 
+import functools
 import json
 import shutil
 
@@ -168,6 +169,21 @@ def test_an_installation_without_a_built_in_checkpoint_says_so(tmp_path, monkeyp
     monkeypatch.setattr("clipdit.backend.builtin_checkpoint", lambda: tmp_path)
     with pytest.raises(ValueError, match="this installation has no built-in checkpoint; name another, by folder or hub id"):
         open_backend("built-in")
+
+
+def test_every_kind_of_block_stays_compiled_at_any_batch(monkeypatch):
+    """PyTorch's own limit is eight ways to compile a function, and it runs the ninth slowly, with no more than a log line."""
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    pipeline = tiny_pipeline()
+    settings = {k: v for k, v in pipeline.transformer.config.items() if not k.startswith("_")}
+    pipeline.register_modules(transformer=DiT(**(settings | {"depth": 3, "cross_attention_every": 2})))
+    backend, plain = CompiledBackend(pipeline), EagerBackend(pipeline)
+    with torch.inference_mode(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for batch in (1, 2, 8, 5):
+            source = torch.randint(0, 256, (batch, 3, *pipeline.native_size), dtype=torch.uint8)
+            condition, noise = plain.encode(source), torch.randn(batch, 4, 8, 8)
+            got = backend.velocity(noise, torch.rand(batch), condition)
+            assert got.shape == noise.shape and got.isfinite().all()
 
 
 def test_compiled_blocks_are_the_backends_own_and_share_their_weights():

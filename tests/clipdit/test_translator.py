@@ -1,5 +1,7 @@
 """Translator: pixels to pixels over any backend. Exact here, because the fake backend is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -81,6 +83,16 @@ def test_guidance_asks_for_both_in_one_call_unless_the_backend_takes_too_few(sou
     narrow = Translator(FakeBackend(max_batch=4, on_call=lambda call, batch: calls.append((call, batch))))
     assert torch.equal(narrow(sources[:4], seeds=range(4), steps=1, guidance=2.0), guided)
     assert calls[1:-1] == [("velocity", 4), ("velocity", 4)]
+
+
+def test_a_model_that_never_went_without_a_source_takes_no_guidance(sources):
+    backend = FakeBackend(native_size=(32, 48))
+    backend.limits = replace(backend.limits, guidable=False)
+    translator = Translator(backend)
+    with pytest.raises(ValueError, match=r"guidance is 1\.5; this model was trained without, and takes 1"):
+        translator(sources, seeds=range(5), guidance=1.5)
+    plain = Translator(FakeBackend(native_size=(32, 48)))(sources, seeds=range(5))
+    assert torch.equal(translator(sources, seeds=range(5), guidance=1.0), plain)
 
 
 def test_guidance_moves_away_from_the_unconditioned_picture(translator, sources):

@@ -75,6 +75,16 @@ def test_images_of_every_conditioning_are_those_of_the_checkpoint(conditioning: 
         assert (eager.int() - onnx_.int()).abs().max() <= 1
 
 
+def test_a_bundle_takes_no_guidance_where_its_model_takes_none(tmp_path: Path):
+    pipeline = tiny_pipeline(conditioning="concat")
+    pipeline.register_to_config(guidable=False)
+    save_checkpoint(pipeline, tmp_path / "checkpoint")
+    build(tmp_path / "checkpoint", tmp_path / "bundle")
+    for place, backend in ((tmp_path / "checkpoint", "eager"), (tmp_path / "bundle", "onnx")):
+        with pytest.raises(ValueError, match=r"guidance is 2\.0; this model was trained without, and takes 1"):
+            Translator.open(place, backend=backend)(SOURCES, seeds=[1, 2, 3], guidance=2.0)
+
+
 def test_inputs_and_outputs_are_named_as_in_the_protocol_and_only_the_batch_is_free(bundle: Path):
     step = onnx.load(graphs(bundle)["step"], load_external_data=False).graph
     assert [value.name for value in step.input][:3] == ["x", "blocks", "final"] and step.output[0].name == "velocity"

@@ -62,6 +62,7 @@ class BundleBackend:
             native_size=model.native_size if model.native_size in sizes else sizes[0],
             latent_channels=model.latent_channels,
             downscale=model.downscale,
+            guidable=model.guidable,
         )
         self.defaults = SamplingDefaults(steps=model.steps, guidance=model.guidance, solver=None)
         self.fingerprint = model.checkpoint

@@ -62,6 +62,7 @@ class PlainBackend:
             native_size=pipeline.native_size,
             latent_channels=autoencoder.latent_channels,
             downscale=autoencoder.downscale,
+            guidable=pipeline.config["guidable"],
         )
         self.defaults, self._objective = pipeline.sampling_defaults, pipeline.objective
         self.fingerprint = checkpoint_fingerprint(folder)

@@ -89,7 +89,7 @@ def test_the_baselines_are_the_published_ones():
     assert set(MAIN) == {"pix2pix", "pix2pixhd", "paper", "ours", "student"}
 
 
-def test_from_pairs_to_tables_and_figures_and_nothing_twice(small, tiny_experiment, pairs, tmp_path):
+def test_from_pairs_to_tables_and_figures_and_nothing_twice(small, tiny_experiment, pairs, tmp_path, monkeypatch):
     out = tmp_path / "results"
     plan = plan_of(tiny_experiment(train={"steps": 4}), pairs, "pix2pix", "ours", "student")
     assert compare(plan, out) == {}
@@ -128,6 +128,14 @@ def test_from_pairs_to_tables_and_figures_and_nothing_twice(small, tiny_experime
     del began["plan"]["base"]["loss"]["alignment"]
     file.write_text(json.dumps(began))
     assert compare(more, out) == {}
+    # what a method was before it changed is not taken for what it is now
+    monkeypatch.setitem(
+        METHODS,
+        "pix2pix",
+        replace(METHODS["pix2pix"], make=lambda base: replace(small_gan(base), loss=AdversarySettings(width=3))),
+    )
+    with pytest.raises(ValueError, match=r"seed-0 is of another pix2pix: the run began with loss.width = 2, now it is 3"):
+        compare(plan, out)
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes as Linux shows them")
