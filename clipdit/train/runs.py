@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPVisionModelWithProjection
 
@@ -324,7 +325,8 @@ def _ends(experiment: StudentExperiment, teacher: ClipDiTPipeline, cache: Latent
     """What the teacher says, in the precision of training."""
     device, defaults = cast(torch.device, processes().device), teacher.sampling_defaults
     dtype = torch.bfloat16 if resolve_precision(experiment.train.precision, device) == "bf16" else torch.float32
-    dit = teacher.transformer.requires_grad_(False).eval().to(device, dtype)
+    dit = teacher.transformer.requires_grad_(False).eval()
+    nn.Module.to(dit, device, dtype)  # diffusers' own `to` has no types that fit
     return Ends(
         EagerBackend(teacher),
         dit,
