@@ -45,7 +45,7 @@ class Direct:
             raise ValueError(f"solver is {solver!r}; this model makes its image in one step and takes {SOLVER}")
         if steps != 1:
             raise ValueError(f"{steps} sampling steps asked; this model makes its image in one. Use 1")
-        return SamplingTable(solver=SOLVER, steps=1, rows=(Row(time=0.0, a=0.0, b=1.0),), guidable=False)
+        return SamplingTable(solver=SOLVER, steps=1, rows=(Row(time=0.0, a=0.0, b=1.0),))
 
     def to_scheduler(self) -> SchedulerMixin:
         """DDIM of one training step that predicts the sample, which is what this is."""

@@ -73,8 +73,6 @@ class SamplingTable:
     """Steps of the solver. Heun asks the network twice in all but the last, the others once."""
     rows: tuple[Row, ...]
     """One row for each evaluation of the network."""
-    guidable: bool = True
-    """Whether guidance means anything: the network has learnt what it says without a source."""
 
     def __post_init__(self) -> None:
         if not self.rows or self.rows[0].c:

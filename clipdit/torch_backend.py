@@ -34,7 +34,7 @@ Step = Callable[[Tensor, Modulation, Context, tuple[Tensor, ...]], Tensor]
 MODULATION_AT_ONCE = 2**24
 """Numbers of modulation that are computed ahead at once: 64 MiB in float32."""
 
-UNLIMITED: dict[str, Any] = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+ENOUGH_KINDS: dict[str, Any] = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
 """Blocks with and without cross-attention and the last one, each for one image, two and any number: that is nine, and PyTorch
 runs what comes after eight without compiling it. (PyTorch of before this option keeps its eight.)"""
 
@@ -261,7 +261,8 @@ class CompiledBackend(EagerBackend):
             return torch.compile(super()._build_step(dit), dynamic=None)
         twin = with_blocks_of_its_own(dit)
         for block in twin.blocks:
-            block.compile(dynamic=None, **UNLIMITED)  # the second batch size compiles once more, for any size; the third does not
+            # the second batch size compiles once more, for any size; the third does not
+            block.compile(dynamic=None, **ENOUGH_KINDS)
         return super()._build_step(twin)
 
 

@@ -82,7 +82,7 @@ class Translator:
         if not math.isfinite(chosen.guidance):
             raise ValueError(f"guidance is {chosen.guidance}; wanted a finite number, 1 for none")
         table = self._table(chosen)
-        if chosen.guidance != 1 and not (table.guidable and self.backend.limits.guidable):
+        if chosen.guidance != 1 and not self.backend.limits.guidable:
             raise ValueError(f"guidance is {chosen.guidance}; this model was trained without, and takes 1")
         return replace(chosen, guidance=float(chosen.guidance), solver=table.solver)
 

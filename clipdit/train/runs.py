@@ -345,9 +345,7 @@ def adversarial_task(experiment: AdversarialExperiment, pairs: Sequence[Pair], v
     size, seed = (experiment.pairs.size, experiment.pairs.size), experiment.train.seed
     torch.manual_seed(seed)
     generator = experiment.model.make(experiment.pairs.size)
-    pipeline = ClipDiTPipeline(
-        generator, Pixels(), Direct().to_scheduler(), image_size=size, default_steps=1, default_guidance=1.0
-    )
+    pipeline = ClipDiTPipeline(generator, Pixels(), Direct().to_scheduler(), image_size=size, default_steps=1, guidable=False)
     held = val[:SHEET_ROWS]
     return AdversarialTask(
         pipeline,

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +95,7 @@ class Ends:
     ):
         self.teacher, self.dit, self.table, self.guidance = teacher, dit, table, guidance
         self.cache, self.batch, self.seed, self.settings = cache, batch, seed, settings
-        key = [fingerprint(dit), cache.folder.name, cache.about["statistics"], table.rows, guidance, batch, seed]
+        key = [fingerprint(dit), cache.folder.name, asdict(cache.statistics), table.rows, guidance, batch, seed]
         self.folder = folder / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         self._blocks: dict[int, Block] = {}
 

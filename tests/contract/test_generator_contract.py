@@ -22,7 +22,8 @@ def checkpoint(request, tmp_path_factory):
     network = (
         UNet(width=4, levels=5, patch=32) if request.param == "unet" else GlobalGenerator(width=4, downs=2, residuals=2, patch=4)
     )
-    pipeline = ClipDiTPipeline(network.eval(), Pixels(), Direct().to_scheduler(), image_size=(32, 32), default_steps=1)
+    scheduler = Direct().to_scheduler()
+    pipeline = ClipDiTPipeline(network.eval(), Pixels(), scheduler, image_size=(32, 32), default_steps=1, guidable=False)
     folder = tmp_path_factory.mktemp("generator") / "checkpoint"
     save_checkpoint(pipeline, folder)
     return folder
