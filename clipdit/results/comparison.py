@@ -3,7 +3,7 @@
     plan.json                 the settings; a folder of other settings is refused
     runs/METHOD/seed-S/       a checkpoint each, with its history
     evaluations/NAME/seed-S.json (.png)      what `clipdit evaluate` found, by method and number of steps
-    latency.json              milliseconds an image of all of them, in turns
+    cost.json                 parameters, operations and milliseconds an image of all of them, in turns
 
 What is there is not done again, and a training that was stopped goes on; so a comparison of days can be run in parts. Each
 training is a process of its own: none inherits memory, or a random state, from the one before.
@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from clipdit.experiment import EXPERIMENT_FILE, Experiment, TranslationExperiment, to_json
 from clipdit.files import write_atomically
@@ -125,7 +123,7 @@ def compare(plan: Plan, out: Path, *, device: str | None = None) -> dict[str, st
             except ChildFailed as error:
                 failed[f"{name}, seed {seed}"] = str(error)
                 logger.error("%s, seed %d: %s", name, seed, error)
-    _time(plan, out, device)
+    _measure_cost(plan, out, device)
     return failed
 
 
@@ -264,28 +262,13 @@ def _report(pipe, function: Callable[..., None], arguments: tuple) -> None:
         pipe.send(None)
 
 
-@torch.inference_mode()
-def _time(plan: Plan, out: Path, device: str | None) -> None:
-    """Milliseconds for one image, pixels to pixels, of every variant, in turns in one process."""
-    from clipdit.measuring import time_calls_ms
-    from clipdit.translator import Translator
+def _measure_cost(plan: Plan, out: Path, device: str | None) -> None:
+    """Of every variant that was evaluated, with the runs of the first seed: the others have the same networks."""
+    from clipdit.results.cost import measure
 
     seed = plan.seeds[0]
-    measured = [v for v in variants(plan) if evaluation_file(out, v, seed).exists()]
-    file = out / "latency.json"
-    if not measured or (file.exists() and json.loads(file.read_text())["of"] == [v.name for v in measured]):
-        return
-    opened = {name: Translator.open(run_folder(out, name, seed), backend="eager", device=device) for name in plan.methods if
-              any(v.method == name for v in measured)}  # fmt: skip
-    place = next(iter(opened.values())).backend.limits
-    source = torch.randint(0, 256, (1, 3, *place.native_size), dtype=torch.uint8)
-    calls = [lambda v=v: opened[v.method](source, seeds=[0], steps=v.steps) for v in measured]
-    spreads = time_calls_ms(calls, place.device, warm_up=1, at_least=7, seconds=0)
-    for translator in opened.values():
-        translator.backend.close()
-    found = {v.name: asdict(spread) for v, spread in zip(measured, spreads, strict=True)}
-    report = {"of": [v.name for v in measured], "images": 1, "unit": "ms", "device": str(place.device), "latency": found}
-    write_atomically(file, json.dumps(report | provenance(), indent=2) + "\n")
+    done = [v for v in variants(plan) if evaluation_file(out, v, seed).exists()]
+    measure({v.name: (run_folder(out, v.method, seed), v.steps) for v in done}, out, device)
 
 
 def evaluations(plan: Plan, out: Path) -> Iterator[tuple[Variant, list[dict]]]:

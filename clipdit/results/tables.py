@@ -5,10 +5,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from clipdit.experiment import EXPERIMENT_FILE
 from clipdit.provenance import provenance
 from clipdit.results.comparison import Plan, Variant, evaluations, run_folder
+from clipdit.results.cost import read as cost_in
 from clipdit.results.methods import METHODS
-from clipdit.train.record import read_history
+from clipdit.train.state import read_progress
 
 FORMAT = "clipdit-results-1"
 
@@ -34,15 +36,14 @@ FLOORS = {"copy_source": "copy of the source", "mean_target": "mean training tar
 
 def results(plan: Plan, out: Path, failed: dict[str, str]) -> dict[str, Any]:
     """Everything, ready for json.dumps: the plan, and of each row the values by seed."""
-    latency_file = out / "latency.json"
-    latency = json.loads(latency_file.read_text(encoding="utf-8")) if latency_file.exists() else {"latency": {}}
+    cost = cost_in(out)
     rows: list[dict[str, Any]] = []
     last: list[dict] = []
     for variant, reports in evaluations(plan, out):
         last = reports
         row: dict[str, Any] = {"name": variant.name, "label": variant.label, "role": METHODS[variant.method].role}
         row |= {"about": METHODS[variant.method].about, "training": [_training(plan, variant, s, out) for s in plan.seeds]}
-        row["ms_per_image"] = latency["latency"].get(variant.name)
+        row["cost"] = cost["cost"].get(variant.name)
         row["values"] = {heading: _values(reports, "model", path) for heading, (path, _, _) in COLUMNS.items()}
         row["of"] = reports[0]["rows"]["model"]["failures"]["of"]
         rows.append(row)
@@ -52,7 +53,7 @@ def results(plan: Plan, out: Path, failed: dict[str, str]) -> dict[str, Any]:
             rows.append({"name": name, "label": label, "role": "floor", "values": values, "of": len(last[0]["by_image"])})
     protocol = last[0]["protocol"] if last else {}
     plain = {"format": FORMAT, **provenance(), "plan": plan.to_json(), "protocol": protocol, "failed": failed, "rows": rows}
-    plain["latency_device"] = latency.get("device")
+    plain["cost_device"] = cost["device"]
     return plain
 
 
@@ -69,9 +70,11 @@ def _values(reports: list[dict], row: str, path: tuple[str, ...]) -> list[float]
 
 
 def _training(plan: Plan, variant: Variant, seed: int, out: Path) -> dict[str, float]:
-    """How far the run came: steps, images, parameters are in its card."""
-    rows = read_history(run_folder(out, variant.method, seed))
-    return {"seed": seed, "steps": int(rows[-1]["step"])} if rows else {"seed": seed}
+    """How far the run came. Its time is that of steps: what is read and cached before counts for none."""
+    folder = run_folder(out, variant.method, seed)
+    progress = read_progress(folder)
+    batch = json.loads((folder / EXPERIMENT_FILE).read_text(encoding="utf-8"))["train"]["batch_size"]
+    return {"seed": seed, "steps": progress.step, "images": progress.step * batch, "minutes": progress.seconds / 60}
 
 
 def markdown(plain: dict[str, Any]) -> str:
@@ -80,14 +83,7 @@ def markdown(plain: dict[str, Any]) -> str:
     seeds = plan["seeds"]
     shown = [heading for heading in COLUMNS if any(row["values"][heading] for row in rows)]
     best = {heading: _best(rows, heading) for heading in shown}
-    header = ["", "steps trained", *shown, "ms an image"]
-    lines = [header, ["---"] * len(header)]
-    for row in rows:
-        trained = "/".join(str(t["steps"]) for t in row.get("training", []) if "steps" in t)
-        cells = [_cell(row, heading, best[heading]) for heading in shown]
-        time = row.get("ms_per_image")
-        lines.append([row["label"], trained, *cells, f"{time['median']:.0f}" if time else ""])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    quality = [[row["label"], *(_cell(row, heading, best[heading]) for heading in shown)] for row in rows]
     cpu = plain["hardware"]
     machine = ", ".join(cpu["gpus"]) or f"{cpu['cpu']}, {cpu['cores']} cores"
     protocol = plain["protocol"]
@@ -99,12 +95,35 @@ def markdown(plain: dict[str, Any]) -> str:
         f"{plan['minutes']:g} minutes of training each on {machine}, {protocol.get('pairs', '?')} unseen pairs at {size[1]} x "
         f"{size[0]} px, {plan['best_of']} samples a source; seeds {', '.join(map(str, seeds))}: {spread}. The best of what was "
         "trained is bold. Every metric: docs/metrics.md.",
-        table,
+        _table(["", *shown], quality),
         "\n".join(about),
+        "What it costs, to train (each seed) and to translate one image alone, pixels to pixels: median of turns (10th to 90th "
+        "percentile). Parameters are of all networks that take part in a translation, operations those of PyTorch's counter.",
+        _table(list(_COST), [_cost(row) for row in rows if "training" in row]),
     ]
     if plain["failed"]:
         parts.append("Not done: " + "; ".join(f"{name}: {reason}" for name, reason in plain["failed"].items()))
     return "\n\n".join(parts) + "\n"
+
+
+_COST = ("", "steps trained", "images", "minutes", "parameters", "GFLOP an image", "ms an image")
+
+
+def _cost(row: dict[str, Any]) -> list[str]:
+    runs, cost = row["training"], row["cost"]
+    cells = [
+        " / ".join(format(run[what], form) for run in runs)
+        for what, form in (("steps", ","), ("images", ","), ("minutes", ".1f"))
+    ]
+    if cost is None:
+        return [row["label"], *cells, "", "", ""]
+    time = cost["ms_per_image"]
+    spent = [f"{cost['parameters'] / 1e6:.1f} M", f"{cost['gflop_per_image']:.1f}"]
+    return [row["label"], *cells, *spent, f"{time['median']:.0f} ({time['low']:.0f} to {time['high']:.0f})"]
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
 
 
 def _best(rows: list[dict[str, Any]], heading: str) -> str | None:

@@ -107,7 +107,10 @@ def test_from_pairs_to_tables_and_figures_and_nothing_twice(small, tiny_experime
     report = json.loads(evaluation_file(out, Variant(method="ours"), 0).read_text())
     assert by_name["ours"]["values"]["PSNR"] == [report["rows"]["model"]["distance_to_target"]["psnr_db"]["mean"]]
     assert report["model"]["steps"] == 2 and report["protocol"]["samples_per_source"] == 2
-    assert by_name["ours"]["ms_per_image"]["median"] > 0 and by_name["ours"]["training"] == [{"seed": 0, "steps": 4}]
+    (trained,), cost = by_name["ours"]["training"], by_name["ours"]["cost"]
+    assert (trained["steps"], trained["images"]) == (4, 4 * plan.base.train.batch_size) and 0 < trained["minutes"] <= plan.minutes
+    assert cost["ms_per_image"]["median"] > 0 and cost["parameters"] == by_name["student"]["cost"]["parameters"]
+    assert cost["gflop_per_image"] > by_name["ours-1-steps"]["cost"]["gflop_per_image"] > 0, "fewer steps are fewer operations"
     text = markdown(plain)
     assert "| Pix2Pix | 4 |" in text and "one seed, so without an interval" in text and "**" in text
 
@@ -169,15 +172,23 @@ def test_what_fails_is_said_and_the_others_go_on(small, tiny_experiment, pairs, 
 def test_seeds_become_an_interval_and_the_best_is_bold():
     def row(name: str, kid: list[float], psnr: list[float], role: str = "ours") -> dict:
         values = {heading: [] for heading in COLUMNS} | {"KID": kid, "PSNR": psnr}
-        return {"name": name, "label": name, "role": role, "values": values, "of": 8, "about": "", "training": []}
+        made = {"name": name, "label": name, "role": role, "values": values, "of": 8}
+        if role == "floor":
+            return made
+        runs = [{"steps": steps, "images": 2 * steps, "minutes": 0.96} for steps in (1000, 1010)]
+        time = {"median": 12.3, "low": 11.8, "high": 20.0}
+        cost = {"parameters": 7_500_000, "gflop_per_image": 38.44, "ms_per_image": time} if name == "a" else None
+        return made | {"about": "", "training": runs, "cost": cost}
 
     rows = [row("a", [0.1, 0.3], [14.0, 14.0]), row("b", [0.4, 0.4], [15.0, 17.0]), row("real", [0.0], [], role="floor")]
     plan = {"seeds": [0, 1], "data": "x", "minutes": 1, "best_of": 2}
     machine = {"gpus": [], "cpu": "c", "cores": 2}
     text = markdown({"plan": plan, "rows": rows, "hardware": machine, "protocol": {}, "failed": {}})
-    assert "| a |  | **0.200 ± 0.141** | 14.0 ± 0.0 |" in text
-    assert "| b |  | 0.400 ± 0.000 | **16.0 ± 1.4** |" in text
-    assert "| real |  | 0.000 |" in text and "standard deviation over seeds" in text
+    assert "| a | **0.200 ± 0.141** | 14.0 ± 0.0 |" in text
+    assert "| b | 0.400 ± 0.000 | **16.0 ± 1.4** |" in text
+    assert "| a | 1,000 / 1,010 | 2,000 / 2,020 | 1.0 / 1.0 | 7.5 M | 38.4 | 12 (12 to 20) |" in text
+    assert "| b | 1,000 / 1,010 | 2,000 / 2,020 | 1.0 / 1.0 |  |  |  |" in text
+    assert text.count("| real |") == 1 and "| real | 0.000 |" in text and "standard deviation over seeds" in text
 
 
 @pytest.mark.parametrize(
