@@ -88,7 +88,7 @@ def markdown(plain: dict[str, Any]) -> str:
     machine = ", ".join(cpu["gpus"]) or f"{cpu['cpu']}, {cpu['cores']} cores"
     protocol = plain["protocol"]
     size = protocol.get("size_px", ["?", "?"])
-    about = [f"- **{row['label']}**: {row['about']}" for row in rows if "about" in row and "steps" not in row["label"]]
+    about = [f"- **{row['label']}**: {row['about']}" for row in rows if row["name"] in METHODS]
     spread = "mean ± standard deviation over seeds" if len(seeds) > 1 else "one seed, so without an interval"
     parts = [
         f"# {plan['data']}: the comparison",

@@ -61,8 +61,14 @@ class Record:
         write_atomically(self.folder / "loss_curve.png", picture.getvalue())
 
 
-def smoothed(values: list[float], keep: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+def smoothed(values: list[float], keep: float = 0.8) -> list[float]:
+    """The mean of two exponential moving averages, one from each end and both corrected for their start: one alone lags behind a
+    falling loss and stays above it."""
+    ahead, back = _average(values, keep), _average(values[::-1], keep)[::-1]
+    return [(a + b) / 2 for a, b in zip(ahead, back, strict=True)]
+
+
+def _average(values: list[float], keep: float) -> list[float]:
     out, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)

@@ -112,6 +112,7 @@ def test_from_pairs_to_tables_and_figures_and_nothing_twice(small, tiny_experime
     assert cost["ms_per_image"]["median"] > 0 and cost["parameters"] == by_name["student"]["cost"]["parameters"]
     assert cost["gflop_per_image"] > by_name["ours-1-steps"]["cost"]["gflop_per_image"] > 0, "fewer steps are fewer operations"
     text = markdown(plain)
+    assert "- **ours**: flow" in text and "- **student, 1 step**: reflow" in text and "- **ours, 1 step**" not in text
     assert "| Pix2Pix | 4 |" in text and "one seed, so without an interval" in text and "**" in text
 
     figures = draw_all(plan, out)

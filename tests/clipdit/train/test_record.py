@@ -75,12 +75,13 @@ def test_a_full_disk_is_named_with_the_file(tmp_path: Path):
     assert caught.value.filename == str(file)
 
 
-def test_smoothing_begins_at_the_first_value_and_follows():
-    assert smoothed([3.0]) == pytest.approx([3.0])
+def test_smoothing_keeps_what_is_smooth_and_does_not_lag():
+    assert smoothed([]) == [] and smoothed([3.0]) == pytest.approx([3.0])
     assert smoothed([2.0] * 50) == pytest.approx([2.0] * 50)
-    values = smoothed([0.0] * 10 + [1.0] * 40, keep=0.9)
-    assert values[:10] == pytest.approx([0.0] * 10)
-    assert (0 < values[10] < 0.2) and values[-1] > 0.95
+    ramp = [float(i) for i in range(101)]
+    assert smoothed(ramp)[40:61] == pytest.approx(ramp[40:61], abs=0.01)
+    noisy = [value + (-1) ** i for i, value in enumerate(ramp)]
+    assert smoothed(noisy)[40:61] == pytest.approx(ramp[40:61], abs=0.3)
 
 
 def test_no_history_is_no_rows(tmp_path: Path):
