@@ -93,6 +93,10 @@ def alone_in(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+NEGLIGIBLE = 1e-6
+"""A loss below this is rounding, and may be ten times as large in the next interval: a student that is its teacher already."""
+
+
 def check_sane(row: dict[str, float], progress: Progress, settings: "TrainSettings", *, saved: int) -> None:
     """Raises Diverged for a loss or gradient that is not finite, or a loss far above the lowest one so far. `saved` is the step
     of the last save."""
@@ -102,7 +106,7 @@ def check_sane(row: dict[str, float], progress: Progress, settings: "TrainSettin
             raise Diverged(
                 f"{name} became {value} by step {progress.step}; {rest} or train.clip_norm, or take train.precision fp32"
             )
-    if row["loss/total"] > settings.divergence * progress.lowest_loss > 0:
+    if row["loss/total"] > settings.divergence * max(progress.lowest_loss, NEGLIGIBLE) and progress.lowest_loss > 0:
         raise Diverged(
             f"the loss is {row['loss/total']:.4g} at step {progress.step}, more than {settings.divergence:g} times its lowest, "
             f"{progress.lowest_loss:.4g}; {rest}, or raise train.divergence"

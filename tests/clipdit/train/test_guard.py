@@ -41,6 +41,13 @@ def test_a_loss_far_above_its_lowest_stops_the_run_in_one_line():
         check_sane(row(10.1), Progress(step=40, lowest_loss=1.0), settings, saved=20)
 
 
+def test_a_loss_that_is_rounding_may_vary_and_what_leaves_it_is_a_divergence():
+    rounding = Progress(step=120, lowest_loss=1.6e-9)
+    check_sane(row(2.1e-8), rounding, TrainSettings(divergence=10), saved=0)
+    with pytest.raises(Diverged, match="more than 10 times its lowest"):
+        check_sane(row(1.1e-5), rounding, TrainSettings(divergence=10), saved=0)
+
+
 def test_the_first_loss_and_losses_below_zero_are_no_divergence():
     check_sane(row(1e6), Progress(), TrainSettings(), saved=0)
     check_sane(row(5.0), Progress(lowest_loss=-1.0), TrainSettings(), saved=0)
