@@ -26,6 +26,7 @@ from clipdit.experiment import EXPERIMENT_FILE, Experiment, TranslationExperimen
 from clipdit.files import write_atomically
 from clipdit.presets import student
 from clipdit.provenance import provenance
+from clipdit.results.cost import COST_FILE, measure
 from clipdit.results.methods import METHODS, student_of
 from clipdit.train.guard import check_same_experiment, flat, flat_as_now
 
@@ -182,6 +183,7 @@ def _train(plan: Plan, name: str, seed: int, out: Path) -> None:
         return
     experiment, preset = experiment_of(plan, name, seed, out)
     logger.info("training %s, seed %d, for %g minutes", name, seed, plan.minutes)
+    (out / COST_FILE).unlink(missing_ok=True)  # it may tell of another network that had this place
     _in_a_process(_train_here, experiment, preset, plan.data, folder, plan.minutes)
     write_atomically(folder / FINISHED_FILE, json.dumps({"minutes": plan.minutes}) + "\n")
 
@@ -264,8 +266,6 @@ def _report(pipe, function: Callable[..., None], arguments: tuple) -> None:
 
 def _measure_cost(plan: Plan, out: Path, device: str | None) -> None:
     """Of every variant that was evaluated, with the runs of the first seed: the others have the same networks."""
-    from clipdit.results.cost import measure
-
     seed = plan.seeds[0]
     done = [v for v in variants(plan) if evaluation_file(out, v, seed).exists()]
     measure({v.name: (run_folder(out, v.method, seed), v.steps) for v in done}, out, device)

@@ -121,7 +121,9 @@ def test_from_pairs_to_tables_and_figures_and_nothing_twice(small, tiny_experime
     assert sheet.shape[2] > 5 * 160, "source, three methods, target"
     # another method comes to what is there
     more = replace(plan, methods=(*plan.methods, "concat"))
+    (out / "cost.json").write_text("{}")  # as of networks that had these places before
     assert compare(more, out) == {} and run_folder(out, "concat", 0).exists()
+    assert "concat" in json.loads((out / "cost.json").read_text())["cost"]
     with pytest.raises(ValueError, match="another setting of minutes"):
         compare(replace(plan, minutes=1.0), out)
     with pytest.raises(ValueError, match="another setting of base"):
