@@ -137,10 +137,10 @@ def encode_image(image_u8: UInt8[Tensor, "3 H W"], format: str = "PNG", *, quali
     effort, 0 to 9, for PNG: zlib's level; 1 takes a third of the time of 6 and about a tenth more bytes."""
     if format.upper() not in WRITE_FORMATS.values():
         raise ValueError(f'image format is "{format}"; wanted one of {", ".join(sorted(set(WRITE_FORMATS.values())))}')
-    pixels = image_u8.detach().cpu().permute(1, 2, 0).contiguous().numpy()
+    planes = image_u8.detach().cpu().numpy()
     if format.upper() == "PNG" and effort <= 1:
-        return _encode_png_in_haste(pixels, effort)
-    image = Image.fromarray(pixels)
+        return _encode_png_in_haste(planes, effort)
+    image = Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
     # Full chroma resolution: thin coloured lines lose their colour under JPEG's usual 4:2:0.
     options = {
         "JPEG": {"quality": quality, "subsampling": 0},
@@ -152,13 +152,14 @@ def encode_image(image_u8: UInt8[Tensor, "3 H W"], format: str = "PNG", *, quali
     return buffer.getvalue()
 
 
-def _encode_png_in_haste(pixels: UInt8[np.ndarray, "H W 3"], level: int) -> bytes:
+def _encode_png_in_haste(planes: UInt8[np.ndarray, "3 H W"], level: int) -> bytes:
     """Each row as its difference to the one above. Pillow tries five such filters on every row, whatever the level: of 256 x 256
     pixels at level 1 that takes two thirds again as long, for 1 to 6 % fewer bytes."""
     options = [cv2.IMWRITE_PNG_COMPRESSION, level, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
-    written, data = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options)
+    pixels = cv2.merge([np.ascontiguousarray(plane) for plane in planes[::-1]])  # an eighth of the time of a permuted tensor's
+    written, data = cv2.imencode(".png", pixels, options)
     if not written:  # its limits are on sides and pixels, and above ours
-        raise OSError(f"{pixels.shape[1]} x {pixels.shape[0]} pixels are too many for a PNG")
+        raise OSError(f"{planes.shape[2]} x {planes.shape[1]} pixels are too many for a PNG")
     return data.tobytes()
 
 
