@@ -40,9 +40,9 @@ def others():
     return listeners()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def engine(others):
-    """Ray, started once, whose workers find the models of the tests."""
+    """Ray, started once for those who share it, whose workers find the models of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(ray_models.__file__).parent))
         engine = RayEngine(ray_models.open_small)
@@ -76,40 +76,39 @@ def rows(folder) -> dict[str, dict]:
     return {row["id"]: row | {"ms": 0} for row in ledger(folder)}
 
 
-def test_outputs_and_ledger_are_the_local_engines_to_the_last_byte_odd_files_and_halved_batches_included(
-    engine, odd_images, tmp_path
-):
-    settings = JobSettings(keep_suffix=True, seed=3)
-    on_ray = run_job(engine, odd_images.folder, tmp_path / "ray", settings, batch_size=8)
-    here = run_job(Translator(FakeBackend(native_size=(32, 32))), odd_images.folder, tmp_path / "local", settings)
-    assert dataclasses.replace(on_ray, seconds=0, batch_size=0) == dataclasses.replace(here, seconds=0, batch_size=0)
-    assert on_ray.batch_size <= 2 and on_ray.quarantined > 10 and on_ray.written > 20
-    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
-    assert rows(tmp_path / "ray") == rows(tmp_path / "local")
-    assert verify_job(tmp_path / "ray").ok and [p.name for p in (tmp_path / "ray" / ".clipdit").iterdir()] == ["lock"]
-    progress = json.loads((tmp_path / "ray" / "progress.json").read_text())
-    assert (progress["engine"], progress["state"], progress["finished"]) == ("ray", "done", on_ray.total)
+class TestOnOneRay:
+    def test_outputs_and_ledger_are_the_local_engines_to_the_last_byte_odd_files_and_halved_batches_included(
+        self, engine, odd_images, tmp_path
+    ):
+        settings = JobSettings(keep_suffix=True, seed=3)
+        on_ray = run_job(engine, odd_images.folder, tmp_path / "ray", settings, batch_size=8)
+        here = run_job(Translator(FakeBackend(native_size=(32, 32))), odd_images.folder, tmp_path / "local", settings)
+        assert dataclasses.replace(on_ray, seconds=0, batch_size=0) == dataclasses.replace(here, seconds=0, batch_size=0)
+        assert on_ray.batch_size <= 2 and on_ray.quarantined > 10 and on_ray.written > 20
+        assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+        assert rows(tmp_path / "ray") == rows(tmp_path / "local")
+        assert verify_job(tmp_path / "ray").ok and [p.name for p in (tmp_path / "ray" / ".clipdit").iterdir()] == ["lock"]
+        progress = json.loads((tmp_path / "ray" / "progress.json").read_text())
+        assert (progress["engine"], progress["state"], progress["finished"]) == ("ray", "done", on_ray.total)
 
+    def test_a_job_begun_with_one_engine_is_finished_by_the_other(self, engine, inputs, tmp_path):
+        local, out = Translator(FakeBackend(native_size=(32, 32))), tmp_path / "out"
+        run_job(local, inputs, tmp_path / "unbroken")
+        for first, second in ((local, engine), (engine, local)):
+            run_job(first, inputs, out, resume=True)
+            ledger_path = out / "ledger.jsonl"
+            kept = ledger_path.read_text().splitlines(keepends=True)[:12]
+            ledger_path.write_text("".join(kept) + '{"id": "cut sh')
+            (out / json.loads(kept[0])["output"]).unlink()
+            summary = run_job(second, inputs, out, resume=True)
+            assert (summary.kept, summary.written) == (11, 9)
+            assert contents(out) == contents(tmp_path / "unbroken") and rows(out) == rows(tmp_path / "unbroken")
 
-def test_a_job_begun_with_one_engine_is_finished_by_the_other(engine, inputs, tmp_path):
-    local, out = Translator(FakeBackend(native_size=(32, 32))), tmp_path / "out"
-    run_job(local, inputs, tmp_path / "unbroken")
-    for first, second in ((local, engine), (engine, local)):
-        run_job(first, inputs, out, resume=True)
-        ledger_path = out / "ledger.jsonl"
-        kept = ledger_path.read_text().splitlines(keepends=True)[:12]
-        ledger_path.write_text("".join(kept) + '{"id": "cut sh')
-        (out / json.loads(kept[0])["output"]).unlink()
-        summary = run_job(second, inputs, out, resume=True)
-        assert (summary.kept, summary.written) == (11, 9)
-        assert contents(out) == contents(tmp_path / "unbroken") and rows(out) == rows(tmp_path / "unbroken")
-
-
-def test_listens_where_no_other_machine_reaches_it(engine, others):
-    engine.describe({})
-    ours = listeners() - others
-    assert {"raylet", "gcs_server"} <= {name for name, _, _ in ours}
-    assert not [listener for listener in ours if listener[2] not in ("127.0.0.1", "::1")]
+    def test_listens_where_no_other_machine_reaches_it(self, engine, others):
+        engine.describe({})
+        ours = listeners() - others
+        assert {"raylet", "gcs_server"} <= {name for name, _, _ in ours}
+        assert not [listener for listener in ours if listener[2] not in ("127.0.0.1", "::1")]
 
 
 @pytest.mark.parametrize(
