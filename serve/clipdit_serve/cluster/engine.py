@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
@@ -124,6 +125,7 @@ class RayEngine:
         self._admitted, self._most = 0, sizes.admitted(settings)
         self._draining = False
         self._looking: asyncio.Task | None = None
+        self._name, self._had = uuid4().hex, dict[str, int]()  # by replica: the last of its reports that came here
         self._on_batch: Callable[[BatchReport], None] = lambda report: None
         self.waiting: dict[_Ticket, None] = {}
         """Tickets of images that are not in a model yet, oldest first."""
@@ -285,7 +287,8 @@ class RayEngine:
     async def _look(self) -> list[Condition]:
         """Every replica's, of those that say it."""
         try:
-            answers = await self._models.broadcast("condition").results_async(timeout_s=ANSWERS_WITHIN_S, return_exceptions=True)
+            asked = self._models.broadcast("condition", self._name, self._had)
+            answers = await asked.results_async(timeout_s=ANSWERS_WITHIN_S, return_exceptions=True)
             return [answer for answer in answers if isinstance(answer, Condition)]
         except DeploymentUnavailableError:  # there is none
             return []
@@ -293,7 +296,7 @@ class RayEngine:
             return await self._look_at_one()
 
     async def _look_at_one(self) -> list[Condition]:
-        response = self._models.condition.remote()
+        response = self._models.condition.remote(self._name, self._had)
         try:
             async with asyncio.timeout(ANSWERS_WITHIN_S):
                 return [await response]
@@ -305,8 +308,10 @@ class RayEngine:
         self._seen = Seen(at_s=self._awake(), conditions=tuple(conditions))
         for condition in conditions:
             self._model_info = condition.model
-            for report in condition.reports:
-                self._on_batch(report)
+            for number, report in condition.reports:
+                if number > self._had.get(condition.replica, 0):
+                    self._had[condition.replica] = number
+                    self._on_batch(report)
 
 
 def _answer_of(message: SentAnswer | Refusal, began_s: float) -> Answer:

@@ -45,7 +45,7 @@ def cluster(*, address: str | None, cpus: int, json: bool, without: str) -> Iter
     from ray._private import worker as ray_worker
     from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
-    hidden = os.environ.pop(without, None)
+    printer, hidden = Printer(json), os.environ.pop(without, None)
     os.environ |= ENVIRONMENT
     try:
         if address is None:
@@ -54,13 +54,14 @@ def cluster(*, address: str | None, cpus: int, json: bool, without: str) -> Iter
             ray.init(address=address, namespace="clipdit", logging_level=logging.ERROR, log_to_driver=True)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         ray_worker._worker_logs_enabled = False  # it would print to the output that belongs to the one line with the address
-        global_worker_stdstream_dispatcher.add_handler("clipdit", lambda data: _print(data, json))
+        global_worker_stdstream_dispatcher.add_handler("clipdit", printer)
         yield
     finally:
         ray.shutdown()
         if hidden is not None:
             os.environ[without] = hidden
         global_worker_stdstream_dispatcher.remove_handler("clipdit")
+        printer.close()
         ray_worker._worker_logs_enabled = True
         if folder is not None:
             own_ray.remove(folder)
@@ -70,12 +71,56 @@ CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 """Of Ray Serve. What it says of a replica that ended the replica has said; the autoscaler says that it has nothing to do."""
 
 
-def _print(data: dict, json: bool) -> None:
-    """Lines of the cluster's processes, as they are; in JSON, those that are none become some."""
-    if data["pid"] == "autoscaler" or data.get("actor_name") == CONTROLLER:
-        return
-    for line in data["lines"]:
-        if json and not line.startswith("{"):
-            record = {"level": "WARNING" if data["is_err"] else "INFO", "logger": "ray", "message": line, "pid": data["pid"]}
-            line = json_module.dumps(record)
-        print(line, file=sys.stderr, flush=True)
+class Printer:
+    """Lines of the cluster's processes, as they are; in JSON, those that are none become some.
+
+    Ray reads a line that is being written in two pieces (its log monitor takes what there is). Of JSON they are put together."""
+
+    def __init__(self, json: bool):
+        self._json = json
+        self._begun: dict[tuple, str] = {}  # first pieces, by where they come from
+
+    def __call__(self, data: dict) -> None:
+        """What Ray tells of lines that a process wrote."""
+        if data["pid"] == "autoscaler" or data.get("actor_name") == CONTROLLER:
+            return
+        for line in data["lines"]:
+            if self._json:
+                self._json_line(line, data["pid"], data["is_err"], (data.get("ip"), data["pid"], data["is_err"]))
+            else:
+                _say(line)
+
+    def close(self) -> None:
+        """The second pieces will not come any more."""
+        for (_, pid, is_err), begun in self._begun.items():
+            _say(_as_json(begun, pid, is_err))
+        self._begun.clear()
+
+    def _json_line(self, line: str, pid: int | str, is_err: bool, source: tuple) -> None:
+        begun = self._begun.pop(source, None)
+        if begun is not None:
+            if _is_json(begun + line):
+                _say(begun + line)
+                return
+            _say(_as_json(begun, pid, is_err))
+        if _is_json(line):
+            _say(line)
+        elif line.startswith("{"):
+            self._begun[source] = line
+        else:
+            _say(_as_json(line, pid, is_err))
+
+
+def _is_json(line: str) -> bool:
+    try:
+        return isinstance(json_module.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _as_json(line: str, pid: int | str, is_err: bool) -> str:
+    return json_module.dumps({"level": "WARNING" if is_err else "INFO", "logger": "ray", "message": line, "pid": pid})
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -9,11 +9,13 @@ holds the interpreter is found by Ray's own health check.
 """
 
 import asyncio
+import itertools
 import logging
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from uuid import uuid4
 
 from clipdit_serve.batching import InProcessEngine, Model
 from clipdit_serve.cluster.wire import Condition, Refusal, SentAnswer, SentTask, Started
@@ -45,9 +47,11 @@ class ModelReplica:
 
     async def __init__(self, open_model: Callable[[], Model], settings: ServeSettings, *, json: bool):
         log_to_stderr(json)
-        self._reports: deque[BatchReport] = deque(maxlen=REPORTS)
+        self._name, self._numbers = uuid4().hex, itertools.count(1)
+        self._reports: deque[tuple[int, BatchReport]] = deque(maxlen=REPORTS)  # nobody was told of yet
+        self._owed: dict[str, deque[tuple[int, BatchReport]]] = {}  # by asker, until he says to have them
         self._engine = InProcessEngine(open_model, settings)  # who sends tasks admits them, and Ray bounds their number
-        self._engine.start(self._reports.append)
+        self._engine.start(lambda report: self._reports.append((next(self._numbers), report)))
         while self._engine.health().state == "loading":
             await asyncio.sleep(0.02)
         if self._engine.failure is not None:
@@ -81,12 +85,20 @@ class ModelReplica:
         except ApiError as error:
             return Refusal.of(error)
 
-    async def condition(self) -> Condition:
+    async def condition(self, asker: str, had: Mapping[str, int]) -> Condition:
+        """An answer may come too late for an ingress that is busy, and is thrown away: so reports are kept until it has them.
+
+        Args:
+            had: by replica the last report that the asker has.
+        """
         model = self._engine.model
         assert model is not None, "the replica is not ready before it is warm"
-        reports = tuple(self._reports)
-        self._reports.clear()
-        return Condition(health=self._engine.health(), model=model, reports=reports)
+        owed = self._owed.setdefault(asker, deque(maxlen=REPORTS))
+        while self._reports:  # the model's thread adds to them
+            owed.append(self._reports.popleft())
+        while owed and owed[0][0] <= had.get(self._name, 0):
+            owed.popleft()
+        return Condition(health=self._engine.health(), model=model, replica=self._name, reports=tuple(owed))
 
     async def reload(self) -> ModelInfo | str:
         """The new model; or why the old one goes on."""

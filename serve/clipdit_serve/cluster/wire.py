@@ -93,5 +93,8 @@ class Condition:
 
     health: Health
     model: ModelInfo
-    reports: tuple[BatchReport, ...]
-    """Of the batches since somebody was told last: each is told once."""
+    replica: str
+    """Which one this is."""
+    reports: tuple[tuple[int, BatchReport], ...]
+    """Of batches, numbered from 1: those that nobody was told of yet, and those that this asker was told of and did not say to
+    have. Each has one asker."""

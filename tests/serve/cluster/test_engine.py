@@ -10,7 +10,7 @@ import torch
 from serving import Gate, Identity, number_of, numbered, until
 
 from clipdit_serve.cluster.sizes import Sizes, check_jobs
-from clipdit_serve.engine import Task
+from clipdit_serve.engine import BatchReport, Task
 from clipdit_serve.errors import ApiError
 from clipdit_serve.settings import ServeSettings
 
@@ -43,8 +43,28 @@ class Response:
         return self._task.__await__()
 
 
+class Question:
+    """How the replica of a handle is."""
+
+    def __init__(self, handle: "Handle"):
+        self._handle = handle
+
+    def remote(self, *given: Any) -> Response:
+        return Response(self.tell(*given))
+
+    async def tell(self, *given: Any) -> Any:
+        handle = self._handle
+        if handle.silent:
+            await asyncio.sleep(60)
+        assert handle.replica is not None
+        answer = await handle.replica.condition(*given)
+        if handle.late:
+            raise TimeoutError
+        return answer
+
+
 class Handle:
-    """Of a deployment with one replica.
+    """Of a deployment with one replica. `silent`: it does not say how it is. `late`: it says so, and nobody waits any more.
 
     Args:
         errors: raised by the first calls of `ask`, one each.
@@ -52,8 +72,8 @@ class Handle:
 
     def __init__(self, replica: ModelReplica | None, errors: list[Exception] | None = None):
         self.replica, self.errors, self.asked = replica, errors or [], 0
-        self.silent = False
-        self.ask = self.condition = self
+        self.silent = self.late = False
+        self.ask, self.condition = self, Question(self)
 
     def options(self, **options: Any) -> "Handle":
         return self
@@ -68,24 +88,26 @@ class Handle:
         assert self.replica is not None
         return await self.replica.ask(sent)
 
-    def broadcast(self, method: str) -> "Handle":
+    def broadcast(self, method: str, *given: Any) -> "Handle":
+        self._given = given
         return self
 
     async def results_async(self, **options: Any) -> list:
         if self.replica is None:
             raise DeploymentUnavailableError(None)
-        if self.silent:
-            await asyncio.sleep(60)
-        return [await self.replica.condition()]
+        return [await self.condition.tell(*self._given)]
 
 
 async def started(
-    open_model: Callable, settings: ServeSettings | None = None, errors: list[Exception] | None = None
+    open_model: Callable,
+    settings: ServeSettings | None = None,
+    errors: list[Exception] | None = None,
+    on_batch: Callable[[BatchReport], None] = lambda report: None,
 ) -> tuple[RayEngine, Handle]:
     settings = settings or ServeSettings(max_wait_ms=5)
     handle = Handle(await _replica(open_model, settings), errors)
     engine = RayEngine(handle, Sizes(), settings)
-    engine.start(lambda report: None)
+    engine.start(on_batch)
     await until(lambda: engine.health().state == "ready")
     return engine, handle
 
@@ -190,6 +212,33 @@ async def test_an_ingress_that_stood_still_does_not_blame_the_models(monkeypatch
     assert engine.health().state == "ready"
     handle.silent = True
     await until(lambda: engine.health().state == "hung", within_s=20)
+    engine.close()
+
+
+async def test_every_batch_is_told_of_once_though_answers_come_too_late_and_others_ask():
+    reports: list[BatchReport] = []
+    engine, handle = await started(Identity, on_batch=reports.append)
+    replica = handle.replica
+    assert replica is not None
+
+    async def translate(*numbers: int) -> None:
+        for number in numbers:
+            await replica._engine.translate(Task(image=numbered(number), seed=number))
+
+    await translate(1, 2)
+    await until(lambda: len(reports) == 2)
+    handle.late = True
+    await translate(3, 4, 5)
+    await asyncio.sleep(1)  # some looks, whose answers nobody reads
+    assert len(reports) == 2
+    assert (await replica.condition("another ingress", {})).reports == ()  # they are owed to the first
+    await translate(6)
+    handle.late = False
+    await until(lambda: len(reports) == 6)
+    await translate(7)
+    await until(lambda: len(reports) == 7)
+    await asyncio.sleep(1)
+    assert len(reports) == 7 and sum(report.images for report in reports) == 7
     engine.close()
 
 
