@@ -41,6 +41,8 @@ def test_twenty_minutes_of_all_kinds_of_requests_leave_memory_and_files_as_they_
     slope = np.polyfit(minutes, megabytes, 1)[0]
     print(f"\n{sum(answers.values())} requests in {MINUTES:g} minutes: {dict(answers)}")
     print(f"{slope:+.3f} MB a minute; {megabytes[0]:.0f} MB after the warm-up, {megabytes[-1]:.0f} MB at the end")
+    by_minute = [round(float(megabytes[minutes >= minute][0])) for minute in np.arange(minutes[0], minutes[-1], 1)]
+    print(f"MB, minute by minute: {by_minute}")  # a heap that finds its size, or one that grows
     print(f"{files.min():.0f} to {files.max():.0f} open files, {temporary.min():.0f} to {temporary.max():.0f} temporary files")
     log = service.stop()
     assert slope <= 0.5
