@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-pytest.importorskip("ray.serve")
-
 from clipdit_serve.cluster.local import CONTROLLER, Printer
 
 LINE = json.dumps({"level": "INFO", "message": "POST /v1/translate 200"})
