@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from clipdit.images import Placement, encode_image
+from clipdit.images import QUICK_PNG, Placement, encode_image
 from clipdit_serve.decoding import Decoder
 from clipdit_serve.engine import Answer, Engine, Task
 from clipdit_serve.errors import ApiError
@@ -23,9 +23,6 @@ T = TypeVar("T")
 
 SEEDS = 2**32
 """Seeds are drawn below this: JavaScript keeps every digit of them."""
-
-PNG_EFFORT = 1
-"""zlib's level: a caller waits for this, and the usual 6 takes longer than all else around the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +205,7 @@ class Service:
 
         def encode() -> tuple[bytes, int, int]:
             restored = translated.placement.restore(translated.answer.image)
-            data = encode_image(restored, format.upper(), quality=quality, effort=PNG_EFFORT)
+            data = encode_image(restored, format.upper(), quality=quality, effort=QUICK_PNG)
             return data, restored.shape[2], restored.shape[1]
 
         try:

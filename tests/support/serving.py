@@ -166,8 +166,7 @@ class Running:
     """A service in a process of its own."""
 
     def __init__(self, *words: str, backend: str = "fake", environment: dict[str, str] | None = None):
-        # a pipe that nobody reads would block it; and several processes write, each at the end
-        self._log = tempfile.TemporaryFile("a+")  # noqa: SIM115  (closed with the service)
+        self._log = tempfile.NamedTemporaryFile("w")  # noqa: SIM115  (closed with the service; a pipe that nobody reads would block it)
         self.process = subprocess.Popen(
             [CLIPDIT, "serve", "--backend", backend, "--port", "0", "--json", *words],
             stdout=subprocess.PIPE,
@@ -187,12 +186,13 @@ class Running:
 
     def stop(self) -> list[dict]:
         """Its log."""
+        # Before it is killed: Python's tracker of resources then complains, in words and not in JSON. And through a file of our
+        # own: with the one that all write to, they would write where we read.
+        lines = Path(self._log.name).read_text(encoding="utf-8").splitlines(keepends=True)
         self.process.kill()
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
-        self._log.seek(0)
-        lines = self._log.readlines()
         for number, line in enumerate(lines):
             try:
                 json.loads(line)

@@ -15,6 +15,7 @@ from clipdit_serve.cluster.engine import ANSWERS_WITHIN_S, RayEngine
 from clipdit_serve.cluster.merging import merged
 from clipdit_serve.cluster.sizes import Sizes
 from clipdit_serve.decoding import DecodePool
+from clipdit_serve.heap import limit_heaps
 from clipdit_serve.logs import log_to_stderr, log_trace_ids
 from clipdit_serve.metrics import Metrics
 from clipdit_serve.settings import ServeSettings
@@ -42,6 +43,7 @@ class Ingress:
     """
 
     def __init__(self, models: DeploymentHandle, sizes: Sizes, settings: ServeSettings, *, json: bool):
+        limit_heaps()
         log_to_stderr(json)
         self._sizes, self._settings = sizes, settings
         self._engine = RayEngine(models, sizes, settings)

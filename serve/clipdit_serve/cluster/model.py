@@ -21,6 +21,7 @@ from clipdit_serve.batching import InProcessEngine, Model
 from clipdit_serve.cluster.wire import Condition, Refusal, SentAnswer, SentTask, Started
 from clipdit_serve.engine import BatchReport, ModelInfo
 from clipdit_serve.errors import ApiError
+from clipdit_serve.heap import limit_heaps
 from clipdit_serve.logs import log_to_stderr
 from clipdit_serve.settings import ServeSettings
 
@@ -46,6 +47,7 @@ class ModelReplica:
     """
 
     async def __init__(self, open_model: Callable[[], Model], settings: ServeSettings, *, json: bool):
+        limit_heaps()
         log_to_stderr(json)
         self._name, self._numbers = uuid4().hex, itertools.count(1)
         self._reports: deque[tuple[int, BatchReport]] = deque(maxlen=REPORTS)  # nobody was told of yet

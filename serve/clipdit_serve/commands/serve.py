@@ -93,6 +93,7 @@ def serve(
     from clipdit_serve.app import create_app
     from clipdit_serve.batching import InProcessEngine
     from clipdit_serve.decoding import DecodePool
+    from clipdit_serve.heap import limit_heaps
     from clipdit_serve.logs import log_as_json, log_trace_ids
     from clipdit_serve.opening import opener
     from clipdit_serve.server import Server, bind, join_host
@@ -156,6 +157,7 @@ def serve(
         ended_by = start(opener(path, backend=backend, device=device), options, settings, hide=KEY, on_ready=say)
         return INTERRUPTED if ended_by == signal.SIGINT else DONE
 
+    limit_heaps()
     tracer_provider = open_provider(os.environ)
     if tracer_provider is not None:
         log_trace_ids()
