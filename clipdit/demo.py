@@ -393,7 +393,7 @@ def _best_rivals(table: Sequence[Row]) -> dict[str, Row]:
 
 def _data_address(image: UInt8[Tensor, "3 H W"]) -> str:
     """An image inside the page. PNG, as lines and flat grounds pack well and nothing is lost."""
-    return "data:image/png;base64," + base64.b64encode(encode_image(image, "PNG")).decode()
+    return "data:image/png;base64," + base64.b64encode(encode_image(image, "PNG", effort=6)).decode()
 
 
 def _title(name: str) -> str:

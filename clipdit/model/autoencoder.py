@@ -66,11 +66,11 @@ class Autoencoder(nn.Module):
         """[-1, 1] pixels -> standardised latents; the mean of the distribution, no noise.
 
         `at_once`: on a CPU, too, the batch as a whole, as training wants it."""
-        return self._encode(image) if at_once else _in_parts(self._encode, image)
+        return self._encode(_laid_out(image)) if at_once else _in_parts(self._encode, image)
 
     def decode(self, latent: Latent, *, at_once: bool = False) -> Image:
         """Standardised latents -> pixels, about [-1, 1]; not clipped. `at_once` as in `encode`."""
-        return self._decode(latent) if at_once else _in_parts(self._decode, latent)
+        return self._decode(_laid_out(latent)) if at_once else _in_parts(self._decode, latent)
 
     def _encode(self, image: Image) -> Latent:
         image = image.to(self.vae.dtype)
@@ -98,8 +98,13 @@ def _in_parts(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     """
     if batch.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return function(batch)
-    parts = [function(image.contiguous(memory_format=torch.channels_last)) for image in batch.split(1)]
+    parts = [function(_laid_out(image)) for image in batch.split(1)]
     return torch.cat(parts).contiguous() if parts else function(batch)
+
+
+def _laid_out(batch: Tensor) -> Tensor:
+    """As convolutions on its device like it best."""
+    return batch.contiguous(memory_format=torch.channels_last) if batch.device.type == "cpu" else batch
 
 
 def is_of_decoder(name: str) -> bool:

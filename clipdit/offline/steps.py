@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from clipdit.backend import Limits
-from clipdit.images import QUICK_PNG, WRITE_FORMATS, DecodedImage, Fit, ImageError, Placement, decode_image, encode_image
+from clipdit.images import WRITE_FORMATS, DecodedImage, Fit, ImageError, Placement, decode_image, encode_image
 from clipdit.offline.folder import JobFolder, Record
 from clipdit.offline.plan import Item
 from clipdit.offline.sources import fetch, is_url
@@ -114,7 +114,7 @@ def write(
         return quarantine(item, f"not enough memory for one image of {width} x {height}", ms)
     path = folder.path / item.output
     try:
-        data = encode_image(placement.restore(output), WRITE_FORMATS[path.suffix.lower()], effort=QUICK_PNG)
+        data = encode_image(placement.restore(output), WRITE_FORMATS[path.suffix.lower()])
     except (*IMAGE_ERRORS, OSError) as error:  # a format's largest side, mostly
         return quarantine(item, f"the result cannot be encoded as {path.suffix[1:]}: {error}", ms + ms_since(start_s))
     try:

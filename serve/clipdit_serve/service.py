@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from clipdit.images import QUICK_PNG, Placement, encode_image
+from clipdit.images import Placement, encode_image
 from clipdit_serve.decoding import Decoder
 from clipdit_serve.engine import Answer, Engine, Task
 from clipdit_serve.errors import ApiError
@@ -205,7 +205,7 @@ class Service:
 
         def encode() -> tuple[bytes, int, int]:
             restored = translated.placement.restore(translated.answer.image)
-            data = encode_image(restored, format.upper(), quality=quality, effort=QUICK_PNG)
+            data = encode_image(restored, format.upper(), quality=quality)
             return data, restored.shape[2], restored.shape[1]
 
         try:

@@ -155,7 +155,7 @@ def number_of(image: torch.Tensor) -> int:
 
 
 def png(image: torch.Tensor) -> bytes:
-    return encode_image(image, effort=1)
+    return encode_image(image)
 
 
 PNG = {"content-type": "image/png"}
