@@ -11,7 +11,7 @@ _M_ARENA_MAX = -8  # malloc.h
 
 def limit_heaps() -> None:
     """Few heaps for all threads together, from now on. glibc gives each thread one of its own, up to eight a core, and each keeps
-    gaps of the images that went through it: 20 to 30 MB with six threads, which wander and do not come back.
+    gaps of the images that went through it: some 25 MB in all with thirteen threads, two services side by side.
 
     MALLOC_ARENA_MAX, where it is set, has said how many; other C libraries have nothing of the kind."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
