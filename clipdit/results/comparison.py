@@ -244,10 +244,11 @@ def _in_a_process(function: Callable[..., None], *arguments: object) -> None:
 
 
 def _end_with_the_parent(pipe) -> None:
-    """A training whose comparison was killed saves and ends, as at Ctrl-C."""
+    """A training whose comparison was killed saves and ends, as at Ctrl-C; anything else just ends. (Not by SIGINT itself, which
+    whatever runs in the background of a script ignores.)"""
     with contextlib.suppress(EOFError, OSError):
         pipe.recv()  # nothing is ever sent
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _report(pipe, function: Callable[..., None], arguments: tuple) -> None:

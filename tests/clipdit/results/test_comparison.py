@@ -160,6 +160,30 @@ def test_a_training_whose_comparison_is_killed_saves_and_ends(pairs, tmp_path):
     assert (run / "training_state.safetensors").exists()
 
 
+IN_THE_BACKGROUND = """
+import signal, time
+from clipdit.results.comparison import _in_a_process
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what a script puts into the background
+_in_a_process(time.sleep, 300)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes as Linux shows them")
+def test_what_is_not_a_training_yet_ends_with_its_comparison_in_the_background_too():
+    def sleeping(child: psutil.Process) -> bool:
+        return child.children() == [] and child.num_threads() > 1
+
+    with subprocess.Popen([sys.executable, "-c", IN_THE_BACKGROUND]) as started:
+        try:
+            family = psutil.Process(started.pid)
+            wait_until(lambda: any(sleeping(c) for child in family.children() for c in child.children()), 120)
+            children = family.children(recursive=True)
+        finally:
+            started.kill()
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert left == []
+
+
 def test_what_fails_is_said_and_the_others_go_on(small, tiny_experiment, pairs, tmp_path, monkeypatch):
     def broken(base: TranslationExperiment) -> TranslationExperiment:
         return replace(base, vae=str(tmp_path / "no-vae-here"))
