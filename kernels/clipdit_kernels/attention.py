@@ -2,13 +2,14 @@
 
 Queries, keys and values are (B, N, heads d) with any distance between rows, so a packed projection needs no copies. Online
 softmax (Milakov & Gimelshein 2018; Dao et al. 2022) in float32, with 2^x. QK-norm and rotary positions come before it, in one
-pass of their own (clipdit_kernels.rotary): on the way in, every program would do them again for all keys, which took 2.5 to 3.5
+pass of their own (clipdit_kernels.rotary): on the way in, every program would do them again for all keys, which took 1.7 to 5
 times as long in all on an H200.
 
 A head that is no power of two wide is read in two parts, the largest power of two in it and the rest: 72 is 64 + 16, which
 multiplies 1.1 times the numbers there are, where 128 would be 1.8 times.
 
 The kernel is faster than what PyTorch brings where all its programs run at once, and slower where they do not: `ours_is_faster`.
+And it is wrong on a GPU, though not in the interpreter, where rows are an odd distance apart: `aligned`.
 """
 
 from collections.abc import Callable
@@ -33,6 +34,8 @@ BLOCK_Q = 64
 """Queries that a program holds."""
 AT_ONCE = 264
 """Programs: two for each multiprocessor of an H200."""
+ALIGNED = 16
+"""Bytes at which a tensor begins, and numbers of which its distances are multiples, where Triton knows both of an argument."""
 _LOG2_E = 1.4426950408889634
 
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -102,9 +105,20 @@ def tile(head_width: int) -> dict[str, int]:
 
 def ours_is_faster(batch: int, heads: int, rows: int) -> bool:
     """Whether the kernel is, against the best attention of PyTorch. On an H200 it was where all programs run at once (up to 128
-    of them; cuDNN took 1.2 to 1.3 times as long), and cuDNN from 384 of them on (the kernel: 1.02 to 1.5 times; docs/kernels.md).
+    of them; cuDNN took 1.2 to 1.3 times as long), and cuDNN from 384 of them on (the kernel: 1.02 to 1.7 times; docs/kernels.md).
     Measured there alone; elsewhere this is a guess."""
     return batch * heads * triton.cdiv(rows, BLOCK_Q) <= AT_ONCE
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether Triton compiles the kernel as it does for all models of published sizes, for all of these tensors.
+
+    Three heads of 72 from one projection, whose values are 648 numbers apart, came out wrong by 0.7 of the largest on an H200
+    (Triton 3.6), the queries and keys beside them 432 apart; with every distance a multiple of 16 all tests pass there. So what
+    is not aligned is PyTorch's."""
+    return all(
+        tensor.data_ptr() % ALIGNED == 0 and all(stride % ALIGNED == 0 for stride in tensor.stride()[:2]) for tensor in tensors
+    )
 
 
 def _rows(tensor: Tensor, heads: int, *, like: Tensor | None = None) -> str | None:
@@ -154,8 +168,8 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Whichever is faster."""
-    if interpreted() or ours_is_faster(len(q), heads, q.shape[1]):
+    """Whichever is faster, of those that are right."""
+    if interpreted() or (ours_is_faster(len(q), heads, q.shape[1]) and aligned(q, k, v)):
         return _launch(q, k, v, heads)
     q, k, v = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (q, k, v))
     order = attention_order(q.device)

@@ -7,7 +7,7 @@ from guarded import DEVICE, FINEST, MULTIPLIED, Guarded
 from torch import Tensor
 
 from clipdit.model import ops as plain
-from clipdit_kernels import fused
+from clipdit_kernels import attention, fused
 from clipdit_kernels.launch import Unsupported, parts_of
 
 
@@ -89,6 +89,25 @@ def test_every_image_and_head_reads_its_own():
 )
 def test_a_head_is_read_in_two_powers_of_two(d: int, parts: tuple[int, int]):
     assert parts_of(d, 16) == parts
+
+
+@pytest.mark.parametrize("heads, d, kernel", [(2, 72, True), (3, 72, False), (12, 64, True), (1, 20, False)])
+def test_rows_an_odd_distance_apart_are_left_to_pytorch(heads: int, d: int, kernel: bool, monkeypatch: pytest.MonkeyPatch):
+    """The kernel is wrong for them on a GPU, which no interpreter shows."""
+    monkeypatch.setattr(attention, "interpreted", lambda: False)
+    asked = []
+    monkeypatch.setattr(attention, "_launch", lambda *given: asked.append(given) or given[0])
+    q, k, v = Guarded().randn(2, 5, 3 * heads * d, dtype=FINEST).chunk(3, dim=-1)
+    got = attention._attend(q, k, v, heads)
+    assert bool(asked) == kernel
+    if not kernel:
+        like = plain.attention(q, k, v, heads=heads)
+        assert close(got, plain.attention(*doubles((q, k, v)), heads=heads), like=like)
+
+
+def test_a_view_that_begins_within_16_bytes_is_left_to_pytorch():
+    whole = torch.zeros(2, 4, 96, device=DEVICE, dtype=FINEST)
+    assert attention.aligned(whole, whole[..., 16:80]) and not attention.aligned(whole, whole[..., 1:65])
 
 
 Q = torch.zeros(2, 4, 64, device=DEVICE, dtype=FINEST)

@@ -40,14 +40,16 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_it_is_the_same_model_a_little_off_and_fused_as_plain(low: LowOps, twin: LowOps, allowed: float):
     dtype = torch.bfloat16 if DEVICE.type == "cuda" and low.name == "fp8" else FINEST  # all that products of it come in there
     dit = model(dtype)
-    wanted = dit(*given(dtype))
+    wanted, exact = dit(*given(dtype)), model(torch.float32)(*given(torch.float32))
     plain, fused = copy.deepcopy(dit), copy.deepcopy(dit)
     quantize(plain, PLAIN, low)
     quantize(fused, FUSED, twin)
     one, other = plain(*given(dtype)), fused(*given(dtype))
     assert 1e-4 < relative(one, wanted) < allowed
-    # a number on the edge between two steps may fall to either side, and what follows with it
-    assert relative(other, one) < 0.5 * relative(one, wanted)
+    # a number on the edge between two steps may fall to either side, and what follows with it; and of two ways to compute in
+    # bfloat16 (on the CPU: float32) each rounds elsewhere
+    assert relative(other, one) < 0.5 * relative(one, wanted) + relative(wanted, exact)
+    assert relative(other, exact) < 1.25 * relative(one, exact)
 
 
 @torch.inference_mode()

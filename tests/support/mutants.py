@@ -113,6 +113,8 @@ MUTANTS = [
         ATTENTION, "k += image * k_batch + head * D", "k += image * q_batch + head * D", "the keys' stride is that of the queries"
     ),
     Mutant(ATTENTION, "scores * scale, float", "scores, float", "scores are not scaled"),
+    Mutant(ATTENTION, " and aligned(q, k, v)):", "):", "the kernel where a GPU gets it wrong"),
+    Mutant(ATTENTION, "tensor.data_ptr() % ALIGNED == 0 and ", "", "a view that begins anywhere"),
     Mutant(ATTENTION, "            scores += tl.dot(q2", "            scores += 0.0 * tl.dot(q2", "scores miss the second part"),
     Mutant(
         ATTENTION,

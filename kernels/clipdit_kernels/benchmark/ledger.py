@@ -4,9 +4,12 @@ Records that are worth keeping lie in the package (KEPT), so that whoever has no
 whether the kernels are still those that were measured.
 """
 
+import ast
 import hashlib
+import io
 import json
 import logging
+import tokenize
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,11 +29,26 @@ Record = dict[str, Any]
 
 
 def source_hash() -> str:
-    """SHA-256 over the sources of the kernels and of what launches them; not over what measures them."""
+    """SHA-256 over the code of the kernels and of what launches them: not over what measures them, and not over comments,
+    docstrings and empty lines, in which a measurement may be written down without making it stale."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.glob("*.py")):
-        digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        digest.update(f"{path.name} {hashlib.sha256(_code(path.read_text(encoding='utf-8')).encode()).hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def _code(source: str) -> str:
+    """A module as it is written, without comments, strings that stand alone, and empty lines."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            assert node.end_lineno is not None
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def begin(kind: str, device: torch.device, protocol: Record, *, out: Path | None = None) -> Record:
@@ -73,10 +91,9 @@ def read(path: Path) -> Record:
     return record
 
 
-def kept(kind: str) -> Record | None:
-    """The last record of this kind that came with the package; None when there is none."""
-    path = KEPT / f"{kind}.json"
-    return read(path) if path.exists() else None
+def kept(kind: str) -> list[Record]:
+    """The last records of this kind that came with the package, `<kind>.json` first, then `<kind>-<what is special>.json`."""
+    return [read(path) for path in sorted(KEPT.glob(f"{kind}*.json"), key=lambda path: path.stem)]
 
 
 def stale(record: Record) -> bool:

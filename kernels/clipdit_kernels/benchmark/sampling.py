@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -45,22 +45,24 @@ class DefaultAttention(EagerBackend):
 
 class Compiled(GraphedBackend):
     """torch.compile with max-autotune, each shape by itself, and the loop as one CUDA graph: what is compared is kernels, not
-    launches. Products are cuBLAS's, which it chose for 64 images; for one it may choose its own (docs/kernels.md). A block is
-    compiled, and all blocks are that one; as a block ends with the norm of the next, nothing is left to be fused across them."""
+    launches. Products are cuBLAS's, and the settings of kernels are not tuned one after the other, which together take minutes
+    for a shape. A block is compiled, and all blocks are that one; as a block ends with the norm of the next, nothing is left to
+    be fused across them."""
 
-    options: ClassVar[dict[str, str | bool]] = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
+    how: ClassVar[dict[str, Any]] = {"options": {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}}
 
     def _build_token_step(self, dit: DiT) -> Step:
         twin = with_blocks_of_its_own(dit)
         for block in cast(Iterable[nn.Module], twin.blocks):
-            block.compile(dynamic=False, options=self.options)
+            block.compile(dynamic=False, **self.how)
         return super()._build_token_step(twin)
 
 
 class CompiledTuned(Compiled):
-    """The same, the settings of each kernel tuned one after the other, as the mode "max-autotune" does: minutes for a shape."""
+    """The mode "max-autotune" itself, in our graph instead of its own: it chooses between cuBLAS's products and its own, and
+    tunes the settings of each kernel one after the other."""
 
-    options: ClassVar[dict[str, str | bool]] = Compiled.options | {"coordinate_descent_tuning": True}
+    how: ClassVar[dict[str, Any]] = {"mode": "max-autotune-no-cudagraphs"}
 
 
 VARIANTS: dict[str, Callable[[ClipDiTPipeline], EagerBackend]] = {

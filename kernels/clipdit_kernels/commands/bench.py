@@ -34,7 +34,7 @@ def kernels(
         images: in a batch; guidance makes two sequences of each.
         dtype: of tensors that are not in 8 bits.
         seconds: for all rivals of a case together.
-        json: print the record as JSON.
+        json: print the record as JSON; each kept one is a line.
     """
     if out is None:
         return _show("kernels", json)
@@ -76,7 +76,7 @@ def sampling(
         guidance: 1 is none.
         dtype: of the weights.
         seconds: for all ways together.
-        json: print the record as JSON.
+        json: print the record as JSON; each kept one is a line.
     """
     if out is None:
         return _show("sampling", json)
@@ -136,13 +136,15 @@ def _show(kind: str, json: bool) -> int:
     from clipdit_kernels.benchmark.ledger import kept
     from clipdit_kernels.benchmark.report import heading, left_out, table
 
-    record = kept(kind)
+    records = kept(kind)
     if json:
-        print(json_module.dumps(record))
-    elif record is None:
+        for record in records or [None]:
+            print(json_module.dumps(record))
+    elif not records:
         print(f"no GPU has measured these kernels yet. On one: clipdit bench {kind} --out {kind}.json")
     else:
-        print("\n".join(filter(None, [heading(record), "", table(record), left_out(record)])))
+        texts = ["\n".join(filter(None, [heading(record), "", table(record), left_out(record)])) for record in records]
+        print("\n\n".join(texts))
     return DONE
 
 

@@ -17,8 +17,11 @@ def test_the_hash_is_of_the_kernels_and_not_of_what_measures_them(tmp_path, monk
     assert ledger.source_hash() == before
     (copy / "benchmark" / "cases.py").write_text("")
     assert ledger.source_hash() == before
-    with (copy / "norm.py").open("a") as stream:
-        stream.write("# another\n")
+    text = (copy / "norm.py").read_text()
+    described = '"""Another docstring."""\n\n\n# another comment\n' + text.replace("import torch\n", "import torch  # and one\n")
+    (copy / "norm.py").write_text(described)
+    assert ledger.source_hash() == before
+    (copy / "norm.py").write_text(text + "ANOTHER = '# no comment'\n")
     assert ledger.source_hash() != before
 
 
@@ -33,16 +36,23 @@ def test_a_file_that_is_no_record_is_refused(text: str, said: str, tmp_path):
 
 def test_a_kept_record_is_stale_once_the_kernels_changed(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ledger, "KEPT", tmp_path)
-    assert ledger.kept("kernels") is None
+    assert ledger.kept("kernels") == []
     made = ledger.begin("kernels", torch.device("cpu"), {})
     ledger.write(made, tmp_path / "kernels.json")
-    kept = ledger.kept("kernels")
-    assert kept is not None and not ledger.stale(kept)
+    (kept,) = ledger.kept("kernels")
+    assert not ledger.stale(kept)
     assert ledger.stale(json.loads(json.dumps(kept)) | {"source": "0" * 64})
-    assert ledger.kept("sampling") is None
+    assert ledger.kept("sampling") == []
+
+
+def test_records_of_a_kind_are_kept_side_by_side_the_plain_one_first(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ledger, "KEPT", tmp_path)
+    for name in ("sampling-tuned", "sampling"):
+        ledger.write(ledger.begin("sampling", torch.device("cpu"), {"of": name}), tmp_path / f"{name}.json")
+    assert [record["protocol"]["of"] for record in ledger.kept("sampling")] == ["sampling", "sampling-tuned"]
 
 
 def test_what_is_kept_with_the_package_can_be_read():
     for kind in ("kernels", "sampling"):
-        record = ledger.kept(kind)
-        assert record is None or record["kind"] == kind
+        records = ledger.kept(kind)
+        assert records and all(record["kind"] == kind for record in records)
