@@ -9,7 +9,7 @@ A head that is no power of two wide is read in two parts, the largest power of t
 multiplies 1.1 times the numbers there are, where 128 would be 1.8 times.
 
 The kernel is faster than what PyTorch brings where all its programs run at once, and slower where they do not: `ours_is_faster`.
-And it is wrong on a GPU, though not in the interpreter, where rows are an odd distance apart: `aligned`.
+And a compiler makes wrong code of it where rows are an odd distance apart: `aligned`.
 """
 
 from collections.abc import Callable
@@ -113,9 +113,9 @@ def ours_is_faster(batch: int, heads: int, rows: int) -> bool:
 def aligned(*tensors: Tensor) -> bool:
     """Whether Triton compiles the kernel as it does for all models of published sizes, for all of these tensors.
 
-    Three heads of 72 from one projection, whose values are 648 numbers apart, came out wrong by 0.7 of the largest on an H200
-    (Triton 3.6), the queries and keys beside them 432 apart; with every distance a multiple of 16 all tests pass there. So what
-    is not aligned is PyTorch's."""
+    Where it does not, ptxas 12.8 (of Triton 3.6) can make wrong code of it: of three heads of 72 from one projection, whose
+    values are 648 numbers apart, the last 8 numbers of every head were wrong on an H200. The address of what the second product
+    reads begins from a register that nothing wrote; tests/support/ahead.py finds that in machine code. 12.9 does not do it."""
     return all(
         tensor.data_ptr() % ALIGNED == 0 and all(stride % ALIGNED == 0 for stride in tensor.stride()[:2]) for tensor in tensors
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import triton
+from ahead import read_unwritten
 from kernel_cases import CASES, capabilities
 
 GOLDEN = json.loads(Path(__file__).with_name("resources.json").read_text())
@@ -46,6 +47,8 @@ def broken_rules(cases: dict[str, dict]) -> list[str]:
         for gpu, found in made.items():
             if found["spills"] or found["stack"]:
                 broken.append(f"{name} on {gpu} spills registers: {found}")
+            if found["unwritten"]:
+                broken.append(f"{name} on {gpu} reads registers that nothing wrote: {found['unwritten']}")
             if found["shared"] > SHARED[gpu]:
                 broken.append(f"{name} on {gpu} wants {found['shared']} bytes of shared memory; there are {SHARED[gpu]}")
             products = INT8_PRODUCTS if "int8" in name else PRODUCTS
@@ -70,3 +73,15 @@ def test_every_case_compiles_keeps_to_the_rules_and_takes_of_a_gpu_what_it_did(g
 
 def test_the_golden_file_knows_every_case_and_no_other():
     assert list(GOLDEN["cases"]) == list(CASES)
+
+
+def test_an_address_that_begins_from_nothing_is_seen():
+    """As ptxas 12.8 once made it of attention with rows an odd distance apart: UR30 should have been UR24."""
+    head = ["ULDC.64 UR28, c[0x0][0x208] ;", "UIADD3 UR10, UR6, 0x8000, URZ ;", "USGXT.U32 UR24, UR10, 0xe ;"]
+    wrong = ["UIADD3 UR30, UP0, UR30, 0x20, URZ ;", "UIADD3.X UR31, UR31, -0x3ffffff0, URZ, UP0, !UPT ;"]
+    product = "HGMMA.64x16x16.F32 R88, R28, gdesc[UR28].tnspB, R88 ;"
+    code = "\n".join(
+        f"        /*{16 * i:04x}*/   {line}" for i, line in enumerate(["S2UR UR6, SR_CgaCtaId ;", *head, *wrong, product])
+    )
+    assert read_unwritten(code) == [line.removesuffix(" ;") for line in wrong]
+    assert read_unwritten(code.replace("UP0, UR30,", "UP0, UR24,").replace("UR31, UR31,", "UR31, UR29,")) == []

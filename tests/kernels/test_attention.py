@@ -93,7 +93,7 @@ def test_a_head_is_read_in_two_powers_of_two(d: int, parts: tuple[int, int]):
 
 @pytest.mark.parametrize("heads, d, kernel", [(2, 72, True), (3, 72, False), (12, 64, True), (1, 20, False)])
 def test_rows_an_odd_distance_apart_are_left_to_pytorch(heads: int, d: int, kernel: bool, monkeypatch: pytest.MonkeyPatch):
-    """The kernel is wrong for them on a GPU, which no interpreter shows."""
+    """ptxas 12.8 makes wrong code of the kernel for them, which no interpreter shows."""
     monkeypatch.setattr(attention, "interpreted", lambda: False)
     asked = []
     monkeypatch.setattr(attention, "_launch", lambda *given: asked.append(given) or given[0])

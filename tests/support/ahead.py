@@ -67,6 +67,29 @@ def compiled(case: Callable[[], None], capability: int) -> list[Any]:
     return seen
 
 
+def read_unwritten(code: str) -> list[str]:
+    """Instructions, as nvdisasm prints them, that read a uniform register which no instruction before them writes.
+
+    The address of what Hopper's products read lies in such registers. ptxas 12.8, which Triton 3.6 brings, once began one from a
+    register that nothing had written: right in the interpreter and in PTX, wrong on the GPU. 12.9 does not."""
+    written: set[int] = set()
+    found = []
+    for line in code.splitlines():
+        instruction = re.match(r"\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s+(.*?)\s*;", line)
+        if instruction is None:
+            continue
+        name, operands = instruction.groups()
+        result = re.match(r"UR(\d+),", operands)
+        # a product whose first factor lies in registers reads only half of its four
+        sources = re.sub(r"gdesc\[UR\d+\]", "", operands[result.end() :] if result else operands)
+        if any(int(number) not in written for number in re.findall(r"\bUR(\d+)\b", sources)):
+            found.append(f"{name} {operands}")
+        if result:
+            first, parts = int(result[1]), set(name.split("."))
+            written.update(range(first, first + (4 if "128" in parts else 2 if parts & {"64", "WIDE"} else 1)))
+    return found
+
+
 def ledger(kernel: Any) -> dict[str, Any]:
     """What a compiled kernel takes of a GPU, and what it computes with."""
     with TemporaryDirectory() as folder:
@@ -89,6 +112,7 @@ def ledger(kernel: Any) -> dict[str, Any]:
         "warps": kernel.metadata.num_warps,
         "loads": dict(sorted(loads.items())),
         "products": sorted({p for p in PRODUCTS for name in instructions if name.split(".")[0] == p}),
+        "unwritten": read_unwritten(code),
     }
 
 
