@@ -8,7 +8,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # where kernels/ would be found as a package.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONSAFEPATH=1
 
-.PHONY: help demo results test test-slow test-triton fuzz audit mutants lint format freeze picture clean
+.PHONY: help demo results test test-slow gate test-triton fuzz audit mutants lint format freeze picture clean
 
 help:
 	@echo "make demo       translate the sample drawings with the built-in checkpoint; writes demo/report.html"
@@ -16,6 +16,7 @@ help:
 	@echo "make results    Pix2Pix, Pix2PixHD, the paper's recipe, ours and a student, each trained for MINUTES=30 on DATA=pairs/emoji; into"
 	@echo "                results/. OPTIONS=\"--ablations --seeds 0 1 2\" and the like are those of \`clipdit results --help\`"
 	@echo "make test-slow  the tests that take minutes: training that is killed, two processes, real quality"
+	@echo "make gate       what the kernels must pass without a GPU, alone: numbers, machine code, order; a part of \`make test\`"
 	@echo "make mutants    bugs put into the kernels one by one: the tests must find each"
 	@echo "make fuzz       five minutes of damaged uploads for the decoder; SECONDS=60 is shorter, and finds are kept in fuzz/"
 	@echo "make test-triton  a bundle in a real Triton Inference Server, which is downloaded into triton/ (55 MB)"
@@ -46,6 +47,9 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(TEST_ENV) $(BIN)/pytest -m slow
+
+gate: .venv/installed
+	$(TEST_ENV) $(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/kernels/test_*.py
 
 mutants: .venv/installed
 	$(TEST_ENV) $(BIN)/pytest -n $(WORKERS) -m slow tests/kernels/test_mutants.py
