@@ -113,9 +113,10 @@ def ours_is_faster(batch: int, heads: int, rows: int) -> bool:
 def aligned(*tensors: Tensor) -> bool:
     """Whether Triton compiles the kernel as it does for all models of published sizes, for all of these tensors.
 
-    Where it does not, ptxas 12.8 (of Triton 3.6) can make wrong code of it: of three heads of 72 from one projection, whose
-    values are 648 numbers apart, the last 8 numbers of every head were wrong on an H200. The address of what the second product
-    reads begins from a register that nothing wrote; tests/support/ahead.py finds that in machine code. 12.9 does not do it."""
+    Where it does not, ptxas 12.8 (of Triton 3.6) can make wrong code of it: three heads of 72 from one projection, whose
+    values are 648 numbers apart, came out wrong on an H200, the first numbers of a row right and the last wrong. In the machine
+    code the address of what the second product reads begins from a register that nothing wrote; tests/support/ahead.py looks
+    for such. 12.9 does not do it."""
     return all(
         tensor.data_ptr() % ALIGNED == 0 and all(stride % ALIGNED == 0 for stride in tensor.stride()[:2]) for tensor in tensors
     )
