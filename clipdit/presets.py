@@ -75,7 +75,7 @@ def edges2shoes() -> TranslationExperiment:
     # augmentation for a thousand pairs; with tens of thousands, 2 views (the pair and its mirror image) do, and cache faster
     augment = Augment(views=4, max_rotation_degrees=4, max_zoom=0.08, max_shift=0.03)
     pairs = PairSettings(size=128, augment=augment)
-    # 1.5 is right for the emoji; after twenty minutes on shoes 2 is better by nearly every measure (docs/results.md)
+    # 1.5 is right for the emoji; after twenty minutes on shoes 2 is better by nearly every measure (docs/choices.md)
     return replace(edges2emoji(), vae="madebyollin/taesd", clip="openai/clip-vit-base-patch32", pairs=pairs, guidance=2.0)
 
 

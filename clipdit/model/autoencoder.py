@@ -93,7 +93,7 @@ def _in_parts(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     """`function` of a batch; on a CPU of one image after another, channels last, unless it is traced.
 
     A batch's activations at full resolution do not fit into a CPU's cache: thirty-two images together took 1.4 (128 px) to 2.4
-    times (256 px) as long as one by one, on one thread; channels last saves a quarter of the rest (docs/results.md). Nor can an
+    times (256 px) as long as one by one, on one thread; channels last saves a quarter of the rest (docs/speed.md). Nor can an
     image then depend on its batch.
     """
     if batch.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():

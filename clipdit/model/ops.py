@@ -100,7 +100,7 @@ def attend(q: Heads, k: Float[Tensor, "B heads M d"], v: Float[Tensor, "B heads 
     """softmax(q k^T / sqrt(d)) v.
 
     Training on a CPU spells it out: the backward pass of PyTorch's CPU flash attention took two to four times as long as these
-    three operations in bfloat16 (torch 2.15, 64 and 256 tokens; docs/results.md)."""
+    three operations in bfloat16 (torch 2.15, 64 and 256 tokens; docs/speed.md)."""
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
         batch, heads, rows, width = q.shape
         scores = torch.baddbmm(
