@@ -5,6 +5,7 @@ Columns `source` and `target` are paths, relative to the manifest's folder or ab
 
 import csv
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,9 +23,11 @@ def read_manifest(path: Path, direction: Direction) -> Layout:
     """The pairs of a manifest. ValueError when the file as a whole is no manifest; a row that cannot be used is a problem."""
     layout = Layout(name="manifest")
     pairs: list[tuple[int, Pair]] = []
-    for line, row in _rows(path):
+    rows = list(_rows(path))
+    home = _home([row["source"] for _, row in rows if row.get("source")])
+    for line, row in rows:
         try:
-            pairs.append((line, _pair(row, path.parent, direction)))
+            pairs.append((line, _pair(row, path.parent, home, direction)))
         except ValueError as error:
             layout.problems.append(Problem(path, f"line {line}: {error}"))
     if not pairs and not layout.problems:
@@ -71,7 +74,14 @@ def _json_fields(line: str) -> dict[str, str]:
     return {name: str(row[name]).strip() for name in COLUMNS if row.get(name) is not None}
 
 
-def _pair(row: dict[str, str], folder: Path, direction: Direction) -> Pair:
+def _home(sources: list[str]) -> str:
+    """The folder that holds all sources with absolute paths: ids begin below it, so that they are the same, and say nothing of
+    the machine, wherever the images lie."""
+    folders = [os.path.dirname(source) for source in sources if source.startswith("/")]
+    return os.path.commonpath(folders) if folders else "/"
+
+
+def _pair(row: dict[str, str], folder: Path, home: str, direction: Direction) -> Pair:
     """A row's pair. ValueError says what is wrong with the row."""
     if "error" in row:
         raise ValueError(row["error"])
@@ -85,8 +95,12 @@ def _pair(row: dict[str, str], folder: Path, direction: Direction) -> Pair:
     if direction == "BtoA":
         source, target = target, source
     # The id tells the row, whichever way the pair is used.
-    id = row.get("id") or Path(row["source"].replace("\\", "/")).with_suffix("").as_posix().lstrip("/.")
+    id = row.get("id") or Path(_below(home, row["source"]).replace("\\", "/")).with_suffix("").as_posix().lstrip("/.")
     return Pair(id=id, source=source, target=target, split=SPLIT_NAMES.get(split, ""), group=row.get("group", ""))
+
+
+def _below(home: str, source: str) -> str:
+    return os.path.relpath(source, home) if source.startswith("/") else source
 
 
 def _path(folder: Path, text: str) -> Path:

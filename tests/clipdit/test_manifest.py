@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -46,6 +47,14 @@ def test_paths_written_on_windows_are_understood(folder):
     (folder / "pairs.csv").write_text("source,target\npictures\\a.png,pictures\\b.png\n")
     (pair,) = read_manifest(folder / "pairs.csv", "AtoB").pairs
     assert (pair.id, pair.source) == ("pictures/a", folder / "pictures/a.png")
+
+
+def test_ids_of_absolute_paths_begin_below_what_they_share(folder):
+    """So they neither change with the machine nor tell its folders to whoever reads a report."""
+    shutil.copytree(folder / "pictures", folder / "others")
+    sources = folder / "pictures/a.png", folder / "others/a.png", "pictures/b.png"
+    (folder / "pairs.csv").write_text("source,target\n" + "".join(f"{source},pictures/b.png\n" for source in sources))
+    assert [pair.id for pair in read_manifest(folder / "pairs.csv", "AtoB").pairs] == ["pictures/a", "others/a", "pictures/b"]
 
 
 def test_one_source_with_two_targets_gives_two_ids(folder):
