@@ -8,7 +8,6 @@ written in this process in turns, which says how fast the machine is just now.
 import http.client
 import io
 import json
-import os
 import re
 import statistics
 import time
@@ -35,7 +34,7 @@ def measure() -> dict[str, object]:
     picture = buffer.getvalue()
     wanted = Translator(FakeBackend())(read_image(picture)[None], seeds=[1], steps=1)[0]
     words = ["--size", f"{SIDE}x{SIDE}", "--max-wait-ms", "0"]
-    running = Running(*words, environment={"OMP_NUM_THREADS": str(os.cpu_count())})
+    running = Running(*words)
     around_ms, model_ms, png_ms, right, timing = [], [], [], 0, ""
     try:
         connection = http.client.HTTPConnection(*running.address)
