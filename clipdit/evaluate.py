@@ -2,7 +2,8 @@
 
 The task is one-to-many (an edge map does not say the colour), so no single number is to be believed: a blurred average is near
 every target and looks like none. Rows measured by the same code stand beside the model's: `copy_source` and `mean_target`
-(what is had for nothing) and `real` (what the true targets score). What each metric is: docs/metrics.md.
+(what is had for nothing), `real` (what the true targets score) and `autoencoded` (what a model on latents can reach at best: the
+true targets through its autoencoder). What each metric is: docs/metrics.md.
 """
 
 import random
@@ -20,6 +21,7 @@ from clipdit.metrics import edges
 from clipdit.metrics.compare import CHUNK, HIGHER_IS_NEARER, Comparison, Samples
 from clipdit.metrics.failures import Appearance, failures
 from clipdit.metrics.features import extract
+from clipdit.metrics.hues import Hue, hues
 from clipdit.metrics.judges import Judges
 from clipdit.shapes import ImageU8
 
@@ -27,6 +29,9 @@ T = TypeVar("T")
 
 Translate = Callable[[ImageU8, list[int]], ImageU8]
 """(sources, one seed each) -> outputs of the same shape, uint8 on the CPU."""
+
+Autoencode = Callable[[ImageU8], ImageU8]
+"""Images -> what a model's autoencoder makes of them, uint8 on the CPU."""
 
 OnProgress = Callable[[int, int], None]
 """Told (sources done, sources in all)."""
@@ -114,11 +119,13 @@ class Evaluation:
     """All that one evaluation found; clipdit.evaluation_report makes JSON, a table and a contact sheet of it."""
 
     rows: dict[str, Row]
-    """"model" (unless floors only), "copy_source", "mean_target", "real"."""
+    """"model" (unless floors only), "autoencoded" (of models on latents), "copy_source", "mean_target", "real"."""
     evaluator: "Evaluator"
     samples: int
     """Seeds a source."""
     first_seed: int
+    hues: dict[str, Hue]
+    """What became of the targets' colours in `autoencoded`; empty without."""
     examples: dict[str, list[Tensor]]
     """Heading -> outputs for the contact sheet, from the first sources."""
     translate_s: float
@@ -215,6 +222,7 @@ class Evaluator:
         self,
         translate: Translate | None,
         *,
+        autoencode: Autoencode | None = None,
         samples: int = 8,
         first_seed: int = 0,
         batch_size: int = CHUNK,
@@ -222,13 +230,20 @@ class Evaluator:
         sheet_samples: int = 3,
         on_progress: OnProgress | None = None,
     ) -> Evaluation:
-        """Translate every source with `samples` seeds, and judge that beside the floors; None judges the floors only."""
+        """Translate every source with `samples` seeds, and judge that beside the floors; None judges the floors only. autoencode:
+        None leaves the row `autoencoded` out."""
         if samples < 1:
             raise ValueError(f"{samples} samples a source; wanted at least 1")
         if samples * SEED_STRIDE + len(self.pairs) + first_seed >= 2**63 or first_seed < 0:
             raise ValueError(f"first seed is {first_seed}; wanted 0 or a positive integer well below 2^63")
         started, spent_s = time.perf_counter(), 0.0
         shown: list[Samples] = []
+        copies: list[ImageU8] = []
+
+        def autoencoded(part: slice) -> Samples:
+            assert autoencode is not None
+            copies.append(autoencode(self.pairs.targets[part]))
+            return copies[-1][:, None]
 
         def model(part: slice) -> Samples:
             nonlocal spent_s
@@ -242,6 +257,7 @@ class Evaluator:
             return outputs
 
         rows: dict[str, Callable[[slice], Samples]] = {"model": model} if translate is not None else {}
+        rows |= {"autoencoded": autoencoded} if autoencode is not None else {}
         rows |= {
             "copy_source": lambda part: self.pairs.sources[part][:, None],
             "mean_target": lambda part: self.mean_target.expand(part.stop - part.start, 1, *self.mean_target.shape),
@@ -255,6 +271,7 @@ class Evaluator:
             evaluator=self,
             samples=samples if translate is not None else 0,
             first_seed=first_seed,
+            hues=hues(self.pairs.targets, torch.cat(copies)) if copies else {},
             examples={heading: list(images) for heading, images in zip(headings, outputs, strict=False)},
             translate_s=spent_s,
             metrics_s=time.perf_counter() - started - spent_s,

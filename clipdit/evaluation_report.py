@@ -1,6 +1,7 @@
 """An evaluation as a person or a program reads it: a dict for JSON, a table of one screen, warnings, a contact sheet."""
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def row_dict(evaluation: Evaluation, name: str) -> dict[str, Any]:
             if row.values[metric].shape[1] > 1:
                 distance[metric]["best"] = _rounded(float(row.best(metric).mean()))
     diversity = {metric: _rounded(row.mean(metric)) for metric in row.values if metric.startswith("pairwise_")}
-    found = {
+    found: dict[str, Any] = {
         "realism": _realism(evaluation, name),
         "faithfulness": _faithfulness(evaluation, row),
         "distance_to_target": distance,
@@ -81,6 +82,7 @@ def row_dict(evaluation: Evaluation, name: str) -> dict[str, Any]:
             "any": int(_any_failure(row).sum()),
             "of": row.values["edge_f1"].numel(),
         },
+        "hues": {hue: asdict(seen) for hue, seen in evaluation.hues.items()} if name == "autoencoded" else {},
     }
     return {part: content for part, content in found.items() if content}
 
@@ -130,6 +132,11 @@ def warnings(evaluation: Evaluation) -> list[str]:
     """What a reader must know before believing the numbers, and what is wrong with the outputs as a set. One line each."""
     n = len(evaluation.evaluator.pairs)
     found = [f"{n} held-out pairs: KID and FD say little below {FEW_IMAGES}"] if n < FEW_IMAGES else []
+    turned = [f"{name} comes back {seen.came_back}" for name, seen in evaluation.hues.items() if seen.turned]
+    if turned:
+        found.append(
+            f"the model's autoencoder does not keep the targets' colours: {', '.join(turned)}; no training of the rest can"
+        )
     row = evaluation.rows.get("model")
     if row is None:
         return found

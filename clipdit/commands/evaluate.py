@@ -53,8 +53,9 @@ def evaluate(
 ) -> int:
     """Measure a model on held-out pairs: FILE.json, and a contact sheet FILE.png.
 
-    Beside the model stand the source itself, the mean target (what is had for nothing) and the real targets, measured by the same
-    code. What each number means is in docs/metrics.md. Pairs that cannot be read are named in the file; the exit code is then 3.
+    Beside the model stand the real targets through its autoencoder (what it can reach at best), the source itself, the mean
+    target (what is had for nothing) and the real targets, measured by the same code. What each number means is in
+    docs/metrics.md. Pairs that cannot be read are named in the file; the exit code is then 3.
 
     Args:
         data: folder of pairs, or a manifest; layouts as in docs/data.md.
@@ -117,16 +118,23 @@ def evaluate(
             tolerance_px=tolerance,
         )
         settings: dict[str, object] = {}
-        translate = None
+        translate = autoencode = None
         if translator is not None:
             backend_name, limits = translator.backend.name, translator.backend.limits
             batch_size = min(batch_size, limits.max_batch or batch_size)
             sampling = asdict(translator.settings(steps=steps, guidance=guidance, solver=solver))
             settings = {"folder": model or "built-in", "backend": backend_name, "dtype": str(limits.dtype), **sampling}
             translate = _translate_with(translator, sampling)
+            autoencode = _autoencode_with(translator) if limits.downscale > 1 else None
         on_progress = stack.enter_context(_progress(len(pairs)))
         evaluation = evaluator.run(
-            translate, samples=best_of, first_seed=seed, batch_size=batch_size, sheet_rows=rows, on_progress=on_progress
+            translate,
+            autoencode=autoencode,
+            samples=best_of,
+            first_seed=seed,
+            batch_size=batch_size,
+            sheet_rows=rows,
+            on_progress=on_progress,
         )
 
     problems = {str(problem.path): problem.reason for problem in found.problems} | (seen.problems if seen else {})
@@ -170,6 +178,15 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) >= 32 for side in sides):
         raise ValueError(f"--size is {text}; wanted pixels, at least 32 a side, such as 128 or 128x192 (height x width)")
     return int(sides[0]), int(sides[-1])
+
+
+def _autoencode_with(translator: "Translator") -> Callable[["torch.Tensor"], "torch.Tensor"]:
+    backend = translator.backend
+
+    def autoencode(images: "torch.Tensor") -> "torch.Tensor":
+        return backend.decode(backend.encode(images).latent).cpu()
+
+    return autoencode
 
 
 def _translate_with(translator: "Translator", sampling: dict) -> Callable[["torch.Tensor", list[int]], "torch.Tensor"]:

@@ -31,7 +31,12 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str, int]] = {
 }
 """Heading -> where it stands in a row of an evaluation, how it is written, and whether more (1) or less (-1) is better."""
 
-FLOORS = {"copy_source": "copy of the source", "mean_target": "mean training target", "real": "the real targets"}
+FLOORS = {
+    "autoencoded": "the real targets through the VAE",
+    "copy_source": "copy of the source",
+    "mean_target": "mean training target",
+    "real": "the real targets",
+}
 
 
 def results(plan: Plan, out: Path, failed: dict[str, str]) -> dict[str, Any]:
@@ -39,8 +44,10 @@ def results(plan: Plan, out: Path, failed: dict[str, str]) -> dict[str, Any]:
     cost = cost_in(out)
     rows: list[dict[str, Any]] = []
     last: list[dict] = []
+    floors: dict[str, dict] = {}  # an evaluation that has the row: only models on latents have a VAE
     for variant, reports in evaluations(plan, out):
         last = reports
+        floors |= {name: reports[0] for name in FLOORS if name in reports[0]["rows"]}
         row: dict[str, Any] = {"name": variant.name, "label": variant.label, "role": METHODS[variant.method].role}
         row |= {"about": METHODS[variant.method].about, "training": [_training(plan, variant, s, out) for s in plan.seeds]}
         row["cost"] = cost["cost"].get(variant.name)
@@ -48,9 +55,9 @@ def results(plan: Plan, out: Path, failed: dict[str, str]) -> dict[str, Any]:
         row["of"] = reports[0]["rows"]["model"]["failures"]["of"]
         rows.append(row)
     for name, label in FLOORS.items():
-        if last:
-            values = {heading: _values(last[:1], name, path) for heading, (path, _, _) in COLUMNS.items()}
-            rows.append({"name": name, "label": label, "role": "floor", "values": values, "of": len(last[0]["by_image"])})
+        if name in floors:
+            values = {heading: _values([floors[name]], name, path) for heading, (path, _, _) in COLUMNS.items()}
+            rows.append({"name": name, "label": label, "role": "floor", "values": values, "of": len(floors[name]["by_image"])})
     protocol = last[0]["protocol"] if last else {}
     plain = {"format": FORMAT, **provenance(), "plan": plan.to_json(), "protocol": protocol, "failed": failed, "rows": rows}
     plain["cost_device"] = cost["device"]

@@ -202,6 +202,24 @@ def test_floors_need_no_model_and_one_pair_is_enough():
     assert sheet(found).shape[0] == 3
 
 
+def test_the_autoencoder_of_a_model_is_judged_by_the_real_targets():
+    evaluator = Evaluator(read_pairs(PAIRS[:4], (SIZE, SIZE)), NO_NETWORKS)
+    exact = as_dict(evaluator.run(None, autoencode=lambda targets: targets.clone()))
+    assert list(exact["rows"]) == ["autoencoded", "copy_source", "mean_target", "real"]
+    assert exact["rows"]["autoencoded"]["distance_to_target"]["psnr_db"]["mean"] == 100
+    assert exact["rows"]["autoencoded"]["hues"]
+    assert not any("autoencoder" in line for line in exact["warnings"])
+
+
+def test_an_autoencoder_that_turns_colours_is_warned_of():
+    targets = torch.full((2, 3, SIZE, SIZE), 255, dtype=torch.uint8)
+    targets[:, :, 16:48, 16:48] = torch.tensor([0, 190, 80], dtype=torch.uint8)[:, None, None]
+    pairs = PairImages(ids=["a", "b"], sources=targets.clone(), targets=targets)
+    blue = targets[:, [0, 2, 1]]
+    warned = as_dict(Evaluator(pairs, NO_NETWORKS).run(None, autoencode=lambda _: blue))["warnings"]
+    assert any("does not keep the targets' colours: green comes back blue" in line for line in warned)
+
+
 def test_unreadable_pairs_are_named_and_the_rest_goes_on():
     found = evaluate(near_target, [BrokenPair(), *PAIRS[:3]], size=(SIZE, SIZE), judges=NO_NETWORKS, samples=1)
     assert as_dict(found)["problems"] == {"broken": "broken.png is cut off"}

@@ -83,6 +83,14 @@ def test_a_model_is_measured_with_the_settings_asked_for(data, tmp_path, fake_mo
     assert report["protocol"]["first_seed"] == 5
     assert report["rows"]["model"]["failures"]["of"] == 6
     assert len(report["by_image"]) == 3
+    assert list(report["rows"]) == ["model", "autoencoded", "copy_source", "mean_target", "real"]
+    assert report["rows"]["autoencoded"]["failures"]["of"] == 3
+
+
+def test_a_model_without_latents_has_no_autoencoder_to_measure(data, tmp_path, monkeypatch, fake_model):
+    monkeypatch.setattr(Translator, "open", lambda *_, **__: Translator(FakeBackend(native_size=(48, 48), downscale=1)))
+    assert evaluate("--data", data, "--out", tmp_path / "x.json", "--best-of", 1) == 0
+    assert "autoencoded" not in json.loads((tmp_path / "x.json").read_text())["rows"]
 
 
 def test_the_same_command_gives_the_same_numbers(data, tmp_path, fake_model):
