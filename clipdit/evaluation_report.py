@@ -135,7 +135,7 @@ def warnings(evaluation: Evaluation) -> list[str]:
     turned = [f"{name} comes back {seen.came_back}" for name, seen in evaluation.hues.items() if seen.turned]
     if turned:
         found.append(
-            f"the model's autoencoder does not keep the targets' colours: {', '.join(turned)}; no training of the rest can"
+            f"the model's autoencoder does not keep the targets' colours: {', '.join(turned)}; the rest of the model cannot make up for it"
         )
     row = evaluation.rows.get("model")
     if row is None:
