@@ -134,9 +134,8 @@ def warnings(evaluation: Evaluation) -> list[str]:
     found = [f"{n} held-out pairs: KID and FD say little below {FEW_IMAGES}"] if n < FEW_IMAGES else []
     turned = [f"{name} comes back {seen.came_back}" for name, seen in evaluation.hues.items() if seen.turned]
     if turned:
-        found.append(
-            f"the model's autoencoder does not keep the targets' colours: {', '.join(turned)}; the rest of the model cannot make up for it"
-        )
+        kept = f"the model's autoencoder does not keep the targets' colours: {', '.join(turned)}"
+        found.append(f"{kept}; the rest of the model cannot make up for it")
     row = evaluation.rows.get("model")
     if row is None:
         return found
