@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from clipdit.shapes import ImageU8
 
@@ -41,27 +42,31 @@ class Hue:
 
 def hues(images: ImageU8, copies: ImageU8) -> dict[str, Hue]:
     """Each hue that at least FEWEST pixels of `images` have, uint8 (B, 3, H, W) both, in the order of HUES."""
-    wanted, found = _ab(images), _ab(copies)
-    chroma = np.hypot(*wanted.T)
-    names, kinds = list(HUES), _kinds(wanted)
+    names = list(HUES)
+    counts, wanted_sums, found_sums = np.zeros(len(names), int), np.zeros((len(names), 2)), np.zeros((len(names), 2))
+    for image, copy in zip(images, copies, strict=True):  # one by one: in floating point, all together would not fit
+        wanted, found = _ab(image), _ab(copy)
+        kinds = np.where(np.hypot(*wanted.T) > COLOURED, _kinds(wanted), -1)
+        for kind in range(len(names)):
+            mask = kinds == kind
+            counts[kind] += mask.sum()
+            wanted_sums[kind] += wanted[mask].sum(0, dtype=float)
+            found_sums[kind] += found[mask].sum(0, dtype=float)
     seen = {}
-    for kind, name in enumerate(names):
-        mask = (kinds == kind) & (chroma > COLOURED)
-        if mask.sum() >= FEWEST:
-            mean, copied = wanted[mask].mean(0), found[mask].mean(0)
-            grey = np.hypot(*copied) < GREY
-            seen[name] = Hue(
-                pixels=int(mask.sum()),
-                distance=float(np.hypot(*(copied - mean))),
-                came_back="grey" if grey else names[int(_kinds(copied[None])[0])],
-            )
+    for kind in np.flatnonzero(counts >= FEWEST):
+        mean, copied = wanted_sums[kind] / counts[kind], found_sums[kind] / counts[kind]
+        seen[names[kind]] = Hue(
+            pixels=int(counts[kind]),
+            distance=float(np.hypot(*(copied - mean))),
+            came_back="grey" if np.hypot(*copied) < GREY else names[int(_kinds(copied[None])[0])],
+        )
     return seen
 
 
-def _ab(images: ImageU8) -> Float[np.ndarray, "n 2"]:
+def _ab(image: UInt8[Tensor, "3 H W"]) -> Float[np.ndarray, "n 2"]:
     """a* and b* of every pixel."""
-    rows = images.permute(0, 2, 3, 1).reshape(1, -1, 3).cpu().numpy().astype(np.float32) / 255
-    return cv2.cvtColor(rows, cv2.COLOR_RGB2Lab)[0, :, 1:]
+    pixels = image.permute(1, 2, 0).cpu().numpy().astype(np.float32) / 255
+    return cv2.cvtColor(pixels, cv2.COLOR_RGB2Lab)[..., 1:].reshape(-1, 2)
 
 
 def _kinds(ab: np.ndarray) -> np.ndarray:
