@@ -119,7 +119,8 @@ class TranslationExperiment:
     guidance: float = 1.0
     """Default guidance of the checkpoint; 1 is none."""
     init: str | None = None
-    """A checkpoint whose DiT is trained on, instead of a fresh one; of the same model settings, VAE and CLIP."""
+    """A checkpoint whose DiT is trained on, instead of a fresh one; of the same model settings and CLIP, and of the same VAE or
+    one that was fine-tuned from it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_condition <= 1:
@@ -180,6 +181,9 @@ class AutoencoderExperiment:
     pairs: PairSettings = field(default_factory=PairSettings)
     model: AutoencoderSettings = field(default_factory=AutoencoderSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    init: str | None = None
+    """A VAE that is trained on, encoder and all, instead of a fresh one, of the same model settings: a folder, a checkpoint to
+    take it from, or a hub id. Its latents change: a DiT that reads them has to be trained anew."""
 
     def __post_init__(self) -> None:
         if self.pairs.size % self.model.downscale:

@@ -107,6 +107,17 @@ def _laid_out(batch: Tensor) -> Tensor:
     return batch.contiguous(memory_format=torch.channels_last) if batch.device.type == "cpu" else batch
 
 
+@torch.no_grad()
+def latent_correlation(one: Autoencoder, other: Autoencoder, image: Image) -> float:
+    """How far two autoencoders mean the same by a latent: Pearson's r of each channel over the cells of all images, mean over the
+    channels. 0 where they do not have the same shape of latents; [-1, 1]."""
+    if (one.latent_channels, one.downscale) != (other.latent_channels, other.downscale):
+        return 0.0
+    x, y = (latent - latent.mean((0, 2, 3), keepdim=True) for latent in (one.encode(image).float(), other.encode(image).float()))
+    products, squares = (x * y).mean((0, 2, 3)), x.square().mean((0, 2, 3)) * y.square().mean((0, 2, 3))
+    return float((products / squares.sqrt().clamp(min=torch.finfo(torch.float32).tiny)).mean())
+
+
 def is_of_decoder(name: str) -> bool:
     """Whether a parameter of a VAE, by name, acts in decoding. The others make the latents."""
     return name.startswith(("decoder.", "post_quant_conv."))

@@ -29,6 +29,12 @@ EVERY = 4
 """One crop in so many goes before the perceptual network, which costs more than a small VAE.
 Several processes are as one where each has a multiple of this many crops."""
 
+BUILT_BY = (
+    "latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention", "use_quant_conv",
+    "use_post_quant_conv",
+)  # fmt: skip
+"""The settings of an AutoencoderKL that decide of its layers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSettings:
@@ -105,6 +111,18 @@ class AutoencoderSettings(DecoderSettings):
             force_upcast=False,
         )
 
+    def check(self, vae: VAE) -> None:
+        """ValueError unless `vae` is built as these settings tell."""
+        if not isinstance(vae, AutoencoderKL):
+            raise ValueError(
+                f"the VAE of --init is an {type(vae).__name__}; wanted an AutoencoderKL, of which all can be trained"
+            )
+        wanted, config = self.make().config, vae.config
+        for name in BUILT_BY:
+            theirs, ours = (tuple(v) if isinstance(v, list | tuple) else v for v in (config[name], wanted[name]))
+            if theirs != ours:
+                raise ValueError(f"the VAE of --init has {name} {theirs}, this run {ours}; they must be the same")
+
 
 def variance_of_side(latent: Latent, is_source: Bool[Tensor, "B"]) -> Float[Tensor, "B C"]:
     """Of each channel, over the images of the same side. Were it over both, an encoder could make noise that is relative to it
@@ -159,9 +177,10 @@ class AutoencoderModule(nn.Module):
 
 
 class AutoencoderTask:
-    """See clipdit.train.task.Task. Trains `vae` in place; None makes a fresh one, of which the encoder is trained, too.
+    """See clipdit.train.task.Task. Trains `vae` in place, its decoder alone by DecoderSettings, all of it by AutoencoderSettings;
+    None makes a fresh one, which only the latter can tell of.
 
-    ValueError when the crops do not divide into latent cells."""
+    ValueError when the crops do not divide into latent cells, or `vae` is not what AutoencoderSettings tell of."""
 
     contested = frozenset({"adversary", "discriminator"})
 
@@ -177,10 +196,12 @@ class AutoencoderTask:
         torch.manual_seed(seed)
         self.settings, self.batch, self.seed = settings, batch, seed
         self.sides, self.examples = train.unbind(1), val[:6].flatten(0, 1)
-        decoder_only = vae is not None
+        decoder_only = not isinstance(settings, AutoencoderSettings)
         if vae is None:
             assert isinstance(settings, AutoencoderSettings), "only these tell of a network"
             vae = settings.make()
+        elif isinstance(settings, AutoencoderSettings):
+            settings.check(vae)
         self.vae = vae
         nn.Module.to(self.vae, memory_format=torch.channels_last)
         self.module = AutoencoderModule(self.vae, settings, decoder_only=decoder_only)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
+from jaxtyping import UInt8
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPVisionModelWithProjection
 
@@ -34,8 +35,9 @@ from clipdit.experiment import (
 )
 from clipdit.files import write_atomically
 from clipdit.flow import FlowMatching
+from clipdit.images import to_float
 from clipdit.losses import PerceptualLoss
-from clipdit.model.autoencoder import VAE, Autoencoder, is_of_decoder, load_vae
+from clipdit.model.autoencoder import VAE, Autoencoder, is_of_decoder, latent_correlation, load_vae
 from clipdit.model.clip import ClipImageEncoder, load_clip
 from clipdit.model.dit import DiT
 from clipdit.model.network import Network
@@ -86,7 +88,8 @@ def run(
             kind, task = card.GENERATOR, adversarial_task(experiment, pairs, val)
         case AutoencoderExperiment():
             train_pixels, held = read_pixels(pairs, size), read_pixels(val[:6], size)
-            kind, task = card.AUTOENCODER, AutoencoderTask(experiment.model, train_pixels, held, batch, seed)
+            given = load_vae(locate(experiment.init)) if experiment.init is not None else None
+            kind, task = card.AUTOENCODER, AutoencoderTask(experiment.model, train_pixels, held, batch, seed, given)
         case DecoderExperiment():
             vae = load_vae(locate(experiment.vae))
             train_pixels, held = read_pixels(pairs, size), read_pixels(val[:6], size)
@@ -163,10 +166,18 @@ def check_size(settings: PairSettings, downscale: int, patch: int) -> None:
         )
 
 
-def begin_from(checkpoint: str, dit: DiT, vae: VAE, encoder: CLIPVisionModelWithProjection | None) -> None:
+ALIKE = 0.8
+"""Correlation of the latents of two VAEs from which a DiT of the one is a beginning for the other: a fine-tuned VAE keeps 0.95
+(docs/choices.md), two that were trained apart have 0."""
+
+
+def begin_from(
+    checkpoint: str, dit: DiT, vae: VAE, encoder: CLIPVisionModelWithProjection | None, images: UInt8[Tensor, "n 3 H W"]
+) -> None:
     """Fill `dit` with the weights of a checkpoint's.
 
-    ValueError unless the two are built alike and learnt to read the same VAE and CLIP: other latents mean nothing to it."""
+    ValueError unless the two are built alike and learnt to read the same CLIP, and a VAE that makes much the same latents of
+    `images`: others mean nothing to it."""
     given = load_checkpoint(checkpoint)
     ours, theirs = ({k: v for k, v in m.config.items() if not k.startswith("_")} for m in (dit, given.transformer))
     for name in ours | theirs:
@@ -174,11 +185,14 @@ def begin_from(checkpoint: str, dit: DiT, vae: VAE, encoder: CLIPVisionModelWith
             raise ValueError(
                 f"the DiT of --init {checkpoint} has {name} {theirs.get(name)}, this run {ours.get(name)}; they must be the same"
             )
-    for part, mine, its in (("vae", vae, given.vae), ("clip", encoder, given.image_encoder)):
-        if fingerprint(mine, leaving_out=is_of_decoder) != fingerprint(its, leaving_out=is_of_decoder):  # a DiT sees no decoder
-            raise ValueError(
-                f"the DiT of --init {checkpoint} was trained with another {part.upper()}; give --{part} {checkpoint}, too"
-            )
+    if fingerprint(encoder) != fingerprint(given.image_encoder):
+        raise ValueError(f"the DiT of --init {checkpoint} was trained with another CLIP; give --clip {checkpoint}, too")
+    if fingerprint(vae, leaving_out=is_of_decoder) != fingerprint(given.vae, leaving_out=is_of_decoder):  # a DiT sees no decoder
+        alike = latent_correlation(Autoencoder(vae), Autoencoder(given.vae), to_float(images))
+        told = f"the DiT of --init {checkpoint} was trained with another VAE; its latents and --vae's correlate by {alike:.2f}"
+        if alike < ALIKE:
+            raise ValueError(f"{told}, wanted {ALIKE} or more. Give --vae {checkpoint}, too, or leave --init out")
+        logger.info("%s: near enough to begin with", told)
     dit.load_state_dict(given.transformer.state_dict())
 
 
@@ -219,7 +233,8 @@ def translation_task(experiment: TranslationExperiment, pairs: Sequence[Pair], v
         clip_embedding_width=clip.embedding_width if clip is not None else 1,
     )
     if experiment.init is not None:
-        begin_from(locate(experiment.init), dit, vae, encoder if reads_clip else None)
+        images = read_pixels(val[:SHEET_ROWS], (experiment.pairs.size, experiment.pairs.size)).flatten(0, 1)
+        begin_from(locate(experiment.init), dit, vae, encoder if reads_clip else None, images)
     parts = Parts(dit=dit, vae=vae, encoder=encoder, guidance=experiment.guidance, drop=experiment.drop_condition)
     return _on_latents(experiment, parts, pairs, val, out)
 

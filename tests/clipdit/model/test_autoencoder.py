@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from clipdit.model import autoencoder as module
-from clipdit.model.autoencoder import Autoencoder, load_vae
+from clipdit.model.autoencoder import Autoencoder, latent_correlation, load_vae
 from clipdit.model.taef2 import Taef2
 from clipdit.testing import tiny_checkpoint
 
@@ -90,6 +90,26 @@ def test_the_factor_of_a_tiny_vae_is_applied(image):
         raw = vae.encode(image).latents
         torch.testing.assert_close(Autoencoder(vae).encode(image), 0.5 * raw)
         torch.testing.assert_close(Autoencoder(vae).decode(0.5 * raw), pixels(vae, raw))
+
+
+def test_latents_correlate_by_what_they_mean_not_by_their_scale(image):
+    torch.manual_seed(0)
+    one, other = kl().eval(), kl().eval()
+    images = torch.cat([image, -image, image.flip(-1)])
+    scaled, turned = kl().eval(), kl().eval()
+    for vae, factor in ((scaled, 3.0), (turned, -3.0)):
+        vae.load_state_dict(one.state_dict())
+        with torch.no_grad():
+            vae.quant_conv.weight.mul_(factor)
+    expected = {scaled: 1.0, turned: -1.0, one: 1.0}
+    for vae, value in expected.items():
+        assert latent_correlation(Autoencoder(one), Autoencoder(vae), images) == pytest.approx(value, abs=1e-4)
+    with torch.no_grad():
+        x, y = (Autoencoder(vae).encode(images).transpose(0, 1).flatten(1) for vae in (one, other))
+    by_hand = sum(float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(x, y, strict=True)) / len(x)
+    assert latent_correlation(Autoencoder(one), Autoencoder(other), images) == pytest.approx(by_hand, abs=1e-4)
+    assert abs(by_hand) < 0.8
+    assert latent_correlation(Autoencoder(one), Autoencoder(tiny()), images) == 0.0
 
 
 def test_a_vae_in_half_precision_takes_and_gives_its_own_dtype(image):

@@ -139,6 +139,30 @@ def test_a_fresh_vae_learns_on_both_sides_and_opens_from_its_folder(tmp_path: Pa
     assert errors[0] < errors[1]  # the latent says something of the image
 
 
+def test_a_vae_that_is_there_is_trained_on_encoder_and_all(tmp_path: Path):
+    torch.manual_seed(1)
+    given = FRESH.make()
+    began = {name: weight.clone() for name, weight in given.state_dict().items()}
+    train(make_task(FRESH, given), train_settings(steps=1, lr=1e-5, warmup_steps=0), tmp_path, experiment={})
+    trained = load_vae(tmp_path).state_dict()
+    for name, weight in trained.items():
+        torch.testing.assert_close(weight, began[name], rtol=0, atol=1.1e-5)  # Adam's first step is the learning rate
+    assert any(not torch.equal(trained[name], began[name]) for name in trained if name.startswith("encoder."))
+
+
+@pytest.mark.parametrize(
+    "vae, reason",
+    [
+        (kl, r"the VAE of --init has norm_num_groups 4, this run 8; they must be the same"),
+        (replace(FRESH, channels=(8, 16)).make, r"has block_out_channels \(8, 16\), this run \(8, 8\); they must be the same"),
+        (tiny, "the VAE of --init is an AutoencoderTiny; wanted an AutoencoderKL"),
+    ],
+)
+def test_a_vae_that_is_built_otherwise_is_not_trained_on(vae, reason: str):
+    with pytest.raises(ValueError, match=reason):
+        make_task(FRESH, vae())
+
+
 def test_the_perceptual_network_judges_every_fourth_crop_for_all_and_is_neither_trained_nor_saved(tmp_path: Path):
     task = make_task(replace(DECODER, perceptual="efficientnet-lite0"), kl())
     losses = task.module(task.draw(0))

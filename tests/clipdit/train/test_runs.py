@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -304,15 +305,42 @@ def test_beginning_with_weights_that_learnt_something_else_is_refused(trained: P
         f"the DiT of --init {trained} has width 32, this run 64; they must be the same"
     )
     pipeline = load_checkpoint(trained)
-    for part, network in (("vae", pipeline.vae), ("clip", pipeline.image_encoder)):
-        other = shutil.copytree(trained, tmp_path / part)
-        with torch.no_grad():
-            next(network.parameters()).mul_(1.5)
-        network.save_pretrained(other / {"vae": "vae", "clip": "image_encoder"}[part])
-        assert refuse(tmp_path / "run", tiny_experiment(init=str(other)), pairs_folder) == (
-            f"the DiT of --init {other} was trained with another {part.upper()}; give --{part} {other}, too"
-        )
+    other = shutil.copytree(trained, tmp_path / "clip")
+    with torch.no_grad():
+        next(pipeline.image_encoder.parameters()).mul_(1.5)
+    pipeline.image_encoder.save_pretrained(other / "image_encoder")
+    assert refuse(tmp_path / "run", tiny_experiment(init=str(other)), pairs_folder) == (
+        f"the DiT of --init {other} was trained with another CLIP; give --clip {other}, too"
+    )
+    other = shutil.copytree(trained, tmp_path / "vae")
+    with torch.no_grad():
+        for weight in pipeline.vae.encoder.parameters():
+            weight.normal_(generator=torch.Generator().manual_seed(1), std=0.2)
+    pipeline.vae.save_pretrained(other / "vae")
+    reason = refuse(tmp_path / "run", tiny_experiment(init=str(other)), pairs_folder)
+    assert re.fullmatch(
+        rf"the DiT of --init {other} was trained with another VAE; its latents and --vae's correlate by -?0\.\d\d, "
+        rf"wanted 0\.8 or more\. Give --vae {other}, too, or leave --init out", reason,
+    )  # fmt: skip
     assert "model_index.json" in refuse(tmp_path / "run", tiny_experiment(init=str(tmp_path / "vae" / "vae")), pairs_folder)
+
+
+def test_a_dit_is_trained_on_for_a_vae_that_was_fine_tuned_from_its_own(
+    tiny_experiment, pairs_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    old, new = tmp_path / "old", tmp_path / "new"
+    model = AutoencoderSettings(crop=16, perceptual=None, latent_channels=4, channels=(8, 8, 8))
+    torch.manual_seed(0)
+    model.make().save_pretrained(old / "vae")
+    run(tiny_experiment(train=ONE_STEP, vae=str(old)), "edges2emoji", pairs_folder, tmp_path / "first")
+    train = TrainSettings(steps=2, batch_size=4, precision="fp32", save_every=1, log_every=1, lr=1e-3, warmup_steps=0)
+    tuned = AutoencoderExperiment(pairs=PairSettings(size=32), model=model, train=train, init=str(old))
+    run(tuned, "emoji_vae", pairs_folder, new)
+    assert not torch.equal(*(next(load_vae(vae).encoder.parameters()) for vae in (old, new)))
+    again = tiny_experiment(train=ONE_STEP, vae=str(new), init=str(tmp_path / "first"))
+    with caplog.at_level(logging.INFO, logger="clipdit.train.runs"):
+        run(again, "edges2emoji", pairs_folder, tmp_path / "second")
+    assert re.search(r"another VAE; its latents .* correlate by (0\.[89]\d|1\.00): near enough", caplog.text)
 
 
 def test_a_fine_tuned_decoder_fits_the_checkpoint_that_it_came_from(trained: Path, tiny_experiment, data: Path, tmp_path: Path):
