@@ -95,8 +95,9 @@ class Variant:
 
 
 def variants(plan: Plan) -> list[Variant]:
-    """All that is evaluated, in the order of the tables."""
-    return [Variant(method=name, steps=steps) for name in plan.methods for steps in (None, *METHODS[name].steps)]
+    """All that is evaluated, in the order of tables and sheets, which is that of METHODS, in whatever order they are trained."""
+    methods = [name for name in METHODS if name in plan.methods]
+    return [Variant(method=name, steps=steps) for name in methods for steps in (None, *METHODS[name].steps)]
 
 
 def run_folder(out: Path, method: str, seed: int) -> Path:

@@ -248,4 +248,6 @@ def test_variants_are_a_method_with_its_own_steps_and_others():
         "ours", "ours-1-steps", "ours-2-steps", "ours-4-steps", "student", "student-2-steps", "student-4-steps",
     ]  # fmt: skip
     assert [v.label for v in variants(plan)][:2] == ["ours", "ours, 1 step"]
+    mixed = variants(plan_of(edges2emoji(), Path("x"), "ours", "paper", "pix2pixhd", "pix2pix"))
+    assert list(dict.fromkeys(v.method for v in mixed)) == ["pix2pix", "pix2pixhd", "paper", "ours"]
     assert all(isinstance(method, Method) for method in METHODS.values())
