@@ -21,6 +21,7 @@ from clipdit.experiment import (
     StudentExperiment,
     TranslationExperiment,
 )
+from clipdit.flow import FlowMatching
 from clipdit.train.adversarial import AdversarySettings, GlobalGeneratorSettings
 from clipdit.train.loop import TrainSettings
 from clipdit.train.student import EndsSettings
@@ -132,6 +133,7 @@ def yardstick() -> TranslationExperiment:
         clip=None,
         pairs=PairSettings(size=128),
         model=ModelSettings(width=256, depth=8, heads=4, conditioning="concat", qk_norm=False, positions="sincos"),
+        objective=FlowMatching(at_noise=0.0),
         train=TrainSettings(steps=100_000, batch_size=32, lr=5e-4, schedule="constant"),
         drop_condition=0.0,
         guidance=1.0,

@@ -133,6 +133,13 @@ METHODS: dict[str, Method] = {
         make=_changed(objective={"times": "uniform"}),
         about="ours with training times drawn uniformly",
     ),
+    "not-at-noise": Method(
+        label="no times at the noise",
+        role="ablation",
+        make=_changed(objective={"at_noise": 0.0}),
+        steps=(1, 2, 4),
+        about="ours with no training times at the noise itself, where sampling begins",
+    ),
 }
 MAIN = tuple(name for name, method in METHODS.items() if method.role != "ablation")
 """The paper's comparison; the others say what ours is made of."""

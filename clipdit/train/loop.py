@@ -63,7 +63,7 @@ class TrainSettings:
     ema_decay: float = 0.999
     """Of the averaged weights that the checkpoint holds; it warms up as (1 + n) / (10 + n)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the forward pass; auto is bf16 where the hardware multiplies it (CUDA sm80 and later, CPUs with AMX), else fp32."""
+    """Of the forward pass; auto is bf16 where the hardware multiplies it (CUDA sm80, AMX, AVX512-BF16 or later), else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
@@ -105,8 +105,8 @@ def resolve_precision(precision: str, device: torch.device) -> Literal["bf16", "
     """What "auto" means on this device, in accelerate's words."""
     if precision == "auto":
         cuda = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-        amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-        precision = "bf16" if cuda or amx else "fp32"
+        cpu = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+        precision = "bf16" if cuda or cpu else "fp32"
     return "bf16" if precision == "bf16" else "no"
 
 

@@ -259,7 +259,15 @@ def test_precision_is_what_was_asked_for():
     cpu = torch.device("cpu")
     assert resolve_precision("fp32", cpu) == "no"
     assert resolve_precision("bf16", cpu) == "bf16"
-    assert resolve_precision("auto", cpu) in ("no", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "chosen"), [(True, True, "bf16"), (True, False, "bf16"), (False, True, "bf16"), (False, False, "no")]
+)
+def test_auto_is_bf16_on_processors_that_multiply_it(monkeypatch: pytest.MonkeyPatch, amx: bool, avx512_bf16: bool, chosen: str):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    assert resolve_precision("auto", torch.device("cpu")) == chosen
 
 
 def test_two_trainings_in_one_process_may_differ_in_precision(tmp_path: Path):
