@@ -73,7 +73,7 @@ class FlowMatching:
     """Shift of training times; > 1 trains more near the noise (large images), 1 is none."""
     at_noise: float = 0.1
     """Share of the training times that are 0, the noise itself. Sampling begins there, and times drawn as above hardly come near
-    it: without such a share the first step is a guess, and few steps are made of little else (docs/choices.md)."""
+    it: without such a share the first step may be a guess, and few steps are made of little else (docs/choices.md)."""
     shift: float = 1.0
     """Shift of sampling times; > 1 takes more of the steps near the noise, 1 spaces them equally. Travels in the checkpoint."""
     solver: FlowSolver = "euler"
