@@ -8,6 +8,7 @@ from jaxtyping import TypeCheckError
 
 from clipdit.flow import FlowMatching, estimate_target, interpolate, sample_times, velocity_target
 from clipdit.objective import draw_noised
+from clipdit.presets import edges2emoji, yardstick
 from clipdit.sampling import shift_time
 
 
@@ -81,6 +82,14 @@ def test_a_share_of_the_times_is_the_noise_itself():
     assert (plain.sample_times(1000, torch.Generator().manual_seed(0)) > 0).all()
     with pytest.raises(ValueError, match=r"at_noise is 1.5; wanted a share in \[0, 1\]"):
         FlowMatching(at_noise=1.5)
+
+
+def test_a_tenth_is_there_unless_told_otherwise_and_none_of_the_yardsticks():
+    def share(objective: FlowMatching) -> float:
+        return (objective.sample_times(20_000, torch.Generator().manual_seed(0)) == 0).float().mean().item()
+
+    assert share(FlowMatching()) == share(edges2emoji().objective) == pytest.approx(0.1, abs=0.01)
+    assert share(yardstick().objective) == 0
 
 
 def test_shift_above_one_trains_nearer_the_noise():
