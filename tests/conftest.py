@@ -1,6 +1,8 @@
 """Shared by all tests: shapes and types of the package are checked at every call, and odd image files are at hand."""
 
 import os
+import subprocess
+from datetime import datetime
 from types import SimpleNamespace
 
 # Kernels run in Triton's interpreter, on the CPU; with CLIPDIT_TEST_DEVICE=cuda the same tests run them on a GPU. Before anything
@@ -22,3 +24,22 @@ def odd_images(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     it. Built once: read only."""
     folder = tmp_path_factory.mktemp("odd")
     return SimpleNamespace(folder=folder, expected=build_odd_images(folder))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node, error) -> None:
+    """How a worker died: pytest-xdist says only that it did. What Python prints of a crash is not there where a signal ended it."""
+    if not error:
+        return
+    process = getattr(getattr(node.gateway, "_io", None), "popen", None)
+    try:
+        code = process.wait(5) if process is not None else None
+    except subprocess.TimeoutExpired:
+        code = "none: it still runs, and its pipe is closed"
+    print(f"\n{node.gateway.id} died at {datetime.now():%H:%M:%S}; exit code {code}", flush=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem, report, sched) -> None:
+    """The test it died in, at once: a run that is then ended from outside prints no summary."""
+    print(f"it ran {crashitem}", flush=True)
