@@ -28,7 +28,7 @@ def odd_images(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_testnodedown(node, error) -> None:
-    """How a worker died: pytest-xdist says only that it did. What Python prints of a crash is not there where a signal ended it."""
+    """How a worker died: pytest-xdist says only that it did, and Python prints nothing where a signal ended it."""
     if not error:
         return
     process = getattr(getattr(node.gateway, "_io", None), "popen", None)

@@ -255,15 +255,16 @@ def _end_with_the_parent(pipe) -> None:
 def _report(pipe, function: Callable[..., None], arguments: tuple) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     threading.Thread(target=_end_with_the_parent, args=(pipe,), daemon=True).start()
+    said = None
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is the parent's, for its result
             function(*arguments)
     except (ValueError, OSError) as error:
-        pipe.send(str(error) or type(error).__name__)
+        said = str(error) or type(error).__name__
     except KeyboardInterrupt:  # the parent has it, too
-        pipe.send("interrupted")
-    else:
-        pipe.send(None)
+        said = "interrupted"
+    with contextlib.suppress(BrokenPipeError):  # the comparison was killed: nobody listens
+        pipe.send(said)
 
 
 def _measure_cost(plan: Plan, out: Path, device: str | None) -> None:

@@ -147,8 +147,9 @@ def test_from_pairs_to_tables_and_figures_and_nothing_twice(small, tiny_experime
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes as Linux shows them")
 def test_a_training_whose_comparison_is_killed_saves_and_ends(pairs, tmp_path):
     words = ["--data", str(pairs), "--out", str(tmp_path / "out"), "--minutes", "9", "--methods", "pix2pix", "--size", "32"]
-    run = tmp_path / "out" / "runs" / "pix2pix" / "seed-0"
-    with subprocess.Popen([Path(sys.executable).with_name("clipdit"), "results", *words]) as started:
+    command = [Path(sys.executable).with_name("clipdit"), "results"]
+    run, log = tmp_path / "out" / "runs" / "pix2pix" / "seed-0", tmp_path / "log"
+    with log.open("w") as said, subprocess.Popen([*command, *words], stderr=said) as started:
         try:
             wait_until(lambda: (run / "samples").exists() or (run / "history.jsonl").exists(), 120)
             children = psutil.Process(started.pid).children(recursive=True)
@@ -158,6 +159,7 @@ def test_a_training_whose_comparison_is_killed_saves_and_ends(pairs, tmp_path):
     _, left = psutil.wait_procs(children, timeout=60)
     assert left == []
     assert (run / "training_state.safetensors").exists()
+    assert "Traceback" not in log.read_text(), log.read_text()
 
 
 IN_THE_BACKGROUND = """
