@@ -16,9 +16,10 @@ import io
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 
@@ -61,6 +62,22 @@ def main(argv: Sequence[str] | None = None, *, verbs: Verbs | None = None) -> in
             traceback.print_exc()
         print(f"clipdit: {_one_line(error)}", file=sys.stderr)
         return WRONG_INPUT
+
+
+def script() -> NoReturn:
+    """`clipdit` in a shell: `main`, and the process ends with its code.
+
+    At once where a daemon of ours (`clipdit-...`) still computes, as of a model that hangs or is being opened: Python would take
+    the libraries down under it, and C++ answer with SIGABRT.
+    """
+    code = main()
+    if any(thread.daemon and thread.name.startswith("clipdit-") for thread in threading.enumerate()):
+        logging.shutdown()
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def takes_argv(verb: Callable[[list[str]], int | None]) -> Verb:

@@ -199,7 +199,7 @@ class InProcessEngine:
 
     def _new_keeper(self, pace: Pace | None = None) -> _Keeper:
         keeper = _Keeper(pace=pace or Pace(hang_s=self._settings.hang_s), max_batch=self._settings.max_batch)
-        # a daemon: a hung one must not keep us
+        # a daemon: a hung one must not keep us (and cli.script lets none be torn down)
         keeper.thread = threading.Thread(target=self._run, args=(keeper,), name="clipdit-model", daemon=True)
         self._keepers = [kept for kept in self._keepers if kept.thread.is_alive()] + [keeper]
         return keeper

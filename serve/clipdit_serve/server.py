@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import uvicorn
@@ -37,7 +37,7 @@ class Server(uvicorn.Server):
     Args:
         engine: the application's, or all of them; drained at a signal.
         decoder: the application's.
-        metrics_socket: bound; the application's /metrics is answered there.
+        sockets: bound, one or two; the second is where the application's /metrics is answered.
         linger_s: from SIGTERM to the port's end, at least, seconds.
         drain_s: likewise at most; who has no answer by then gets none.
         on_ready: called once, with the address, when the first request would be answered.
@@ -49,18 +49,14 @@ class Server(uvicorn.Server):
         engine: Engine | Variants,
         decoder: Decoder,
         *,
-        host: str,
-        port: int,
+        sockets: Sequence[socket.socket],
         linger_s: float,
         drain_s: float,
         on_ready: Callable[[str], None],
-        metrics_socket: socket.socket | None = None,
     ):
         super().__init__(
             uvicorn.Config(
                 app,
-                host=host,
-                port=port,
                 access_log=False,  # guards.Record writes one
                 log_config=None,
                 server_header=False,
@@ -78,7 +74,7 @@ class Server(uvicorn.Server):
         self._reloads: Reloads = app.state.reloads
         self._had_terminal = has_terminal()
         self._linger_s, self._drain_s = linger_s, drain_s
-        self._metrics_socket = metrics_socket
+        self._sockets = list(sockets)
         self._announced = False
         self.signal: int | None = None
         """The one that ended it."""
@@ -93,9 +89,7 @@ class Server(uvicorn.Server):
         self._engines.drain()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        if self._metrics_socket is not None and sockets is None:
-            sockets = [self.config.bind_socket(), self._metrics_socket]
-        await super().startup(sockets)
+        await super().startup(self._sockets if sockets is None else sockets)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
 
     def _hang_up(self) -> None:
@@ -133,14 +127,12 @@ def has_terminal() -> bool:
     return True
 
 
-def bind(host: str, port: int, *, but: int) -> socket.socket:
-    """A socket for the metrics. ValueError where it cannot be had; `but` is the port of the service."""
-    if port == but != 0:
-        raise ValueError(f"--metrics-port is {port}, and so is --port; choose another one, or leave it out")
+def bind(host: str, port: int, option: str = "--port") -> socket.socket:
+    """A socket that listens there. ValueError where it cannot be had; `option` is where the port comes from."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise ValueError(f"cannot listen at {join_host(host, port)}: {error}. Choose another --metrics-port") from error
+        raise ValueError(f"cannot listen at {join_host(host, port)}: {error}. Choose another {option}") from error
 
 
 def join_host(host: str, port: int) -> str:

@@ -214,3 +214,22 @@ def test_control_c_ends_a_real_process_with_130():
             process.send_signal(signal.SIGINT)
             assert process.stderr.read() == "clipdit: interrupted\n"
         assert process.wait(10) == cli.INTERRUPTED
+
+
+OUTLIVED = """
+import atexit, sys, threading, time
+from clipdit import cli
+thread = threading.Thread(target=time.sleep, args=(60,), daemon=True, name=sys.argv.pop())
+thread.start()
+atexit.register(print, "torn down")
+cli.script()
+"""
+
+
+@pytest.mark.parametrize(("name", "said"), [("clipdit-model", ""), ("another", "torn down\n")])
+@pytest.mark.parametrize(("words", "code"), [(["--version"], cli.DONE), (["nothing"], cli.WRONG_INPUT)])
+def test_nothing_is_torn_down_under_a_model_that_still_computes(name: str, said: str, words: list[str], code: int):
+    done = subprocess.run([sys.executable, "-P", "-c", OUTLIVED, *words, name], capture_output=True, text=True, check=False)
+    version = f"clipdit {importlib.metadata.version('clipdit')}\n" if code == cli.DONE else ""
+    assert (done.returncode, done.stdout) == (code, version + said)
+    assert done.stderr.startswith("clipdit: nothing is no verb") or code == cli.DONE

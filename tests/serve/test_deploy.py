@@ -20,7 +20,7 @@ from clipdit_serve.batching import InProcessEngine
 from clipdit_serve.commands import serve as command
 from clipdit_serve.decoding import DecodePool
 from clipdit_serve.guards import HEALTH
-from clipdit_serve.server import Server
+from clipdit_serve.server import Server, bind
 from clipdit_serve.settings import ServeSettings, check_bind
 from clipdit_serve.tracing import FLUSH_S
 
@@ -122,7 +122,7 @@ def test_nobody_is_killed_who_would_still_have_been_answered():
     app.state.jobs = app.state.reloads = None  # switched off
     engine, decoder = InProcessEngine(lambda: pytest.fail("nobody asks"), settings), DecodePool(settings)
     server = Server(
-        app, engine, decoder, host="127.0.0.1", port=0, linger_s=0, drain_s=0, on_ready=lambda address: None
+        app, engine, decoder, sockets=[bind("127.0.0.1", 0)], linger_s=0, drain_s=0, on_ready=lambda address: None
     )  # fmt: skip
     closing_s = server.config.timeout_graceful_shutdown
     assert closing_s is not None

@@ -24,7 +24,7 @@ from clipdit_serve.app import create_app
 from clipdit_serve.batching import InProcessEngine
 from clipdit_serve.engine import Answer, Task
 from clipdit_serve.reloading import Reloads, check_limits
-from clipdit_serve.server import Server
+from clipdit_serve.server import Server, bind
 from clipdit_serve.settings import ServeSettings
 from clipdit_serve.variants import Variants
 
@@ -382,7 +382,9 @@ async def test_a_reload_at_50_requests_a_second_costs_no_answer_and_the_revision
     engine = InProcessEngine(shelf, settings)
     app = create_app(engine, decoder, settings)
     up = asyncio.Event()
-    server = Server(app, engine, decoder, host="127.0.0.1", port=0, linger_s=0, drain_s=10, on_ready=lambda address: up.set())
+    server = Server(
+        app, engine, decoder, sockets=[bind("127.0.0.1", 0)], linger_s=0, drain_s=10, on_ready=lambda address: up.set()
+    )
     serving = asyncio.create_task(server.serve())
     await asyncio.wait_for(up.wait(), 20)
     headers: dict[int, str] = {}

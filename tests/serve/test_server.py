@@ -12,6 +12,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ import openai
 import pytest
 import torch
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
-from serving import CLIPDIT, PNG, Running, numbered, png
+from serving import PNG, Running, numbered, png
 
 from clipdit import cli
 from clipdit.fake_backend import FakeBackend
@@ -340,15 +341,15 @@ def test_a_model_that_cannot_be_opened_is_one_line_and_exit_code_2(tmp_path: Pat
     assert line.startswith("clipdit: ") and str(tmp_path) in line
 
 
-def test_a_port_that_is_taken_is_said_and_exit_code_2():
+def test_a_port_that_is_taken_is_one_line_and_exit_code_2_before_anything_is_opened(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail(f"{thread.name} was started"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        command = [CLIPDIT, "serve", "--backend", "fake", "--port", str(port)]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == cli.WRONG_INPUT
-    *before, last = ended.stderr.splitlines()
-    assert any("address already in use" in line for line in before)
-    assert last == f"clipdit: cannot listen at 127.0.0.1:{port}; the line above says why. Choose another --port"
+        assert cli.main(["serve", "--backend", "fake", "--port", str(port)]) == cli.WRONG_INPUT
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"clipdit: cannot listen at 127.0.0.1:{port}: ") and line.endswith("Choose another --port")
 
 
 def test_a_metrics_port_that_is_taken_or_the_services_own_is_one_line_and_exit_code_2(capfd: pytest.CaptureFixture[str]):

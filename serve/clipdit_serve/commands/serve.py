@@ -161,9 +161,14 @@ def serve(
     tracer_provider = open_provider(os.environ)
     if tracer_provider is not None:
         log_trace_ids()
+    if metrics_port == port != 0:
+        raise ValueError(f"--metrics-port is {port}, and so is --port; choose another one, or leave it out")
+    sockets = [bind(host, port)]  # before anything is opened: whoever has no port is told at once
+    if metrics_port is not None:
+        metrics_socket = bind(metrics_host, metrics_port, "--metrics-port")
+        sockets.append(metrics_socket)
     engines = {name: InProcessEngine(opener(model, backend=one, device=device), settings) for name, one in backends.items()}
     variants, decoder = Variants(engines), DecodePool(settings)
-    metrics_socket = None if metrics_port is None else bind(metrics_host, metrics_port, but=port)
     app = create_app(
         variants,
         decoder,
@@ -175,17 +180,13 @@ def serve(
         app,
         variants,
         decoder,
-        host=host,
-        port=port,
+        sockets=sockets,
         linger_s=linger_s,
         drain_s=drain_s,
         on_ready=say,
-        metrics_socket=metrics_socket,
     )
     try:
         server.run()
-    except SystemExit:
-        raise ValueError(f"cannot listen at {host}:{port}; the line above says why. Choose another --port") from None
     finally:
         if tracer_provider is not None:
             close_provider(tracer_provider)

@@ -18,7 +18,7 @@ def running(options: Sequence[str]) -> Iterator[str]:
     SIGTERM ends us. Call it from the main thread.
 
     ValueError, with what it said last, when it does not start."""
-    start = "import sys; from clipdit.cli import main; sys.exit(main())"
+    start = "from clipdit.cli import script; script()"
     command = [sys.executable, "-P", "-c", start, "serve", "--port", "0", "--linger-s", "0", "--json", *options]
     with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody reads would block it
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
