@@ -29,7 +29,8 @@ ENVIRONMENT = {
 def cluster(*, address: str | None, cpus: int, json: bool, without: str) -> Iterator[None]:
     """A Ray cluster around the block.
 
-    One that is started is closed to everybody else (`own_ray`); it ends with the block, and its files go.
+    One that is started is closed to everybody else (`own_ray`); it ends with the block, and its files go. When it dies before,
+    this process ends.
 
     Args:
         address: of a cluster that runs already; None starts one.
@@ -37,7 +38,7 @@ def cluster(*, address: str | None, cpus: int, json: bool, without: str) -> Iter
         json: its log lines are JSON.
         without: an environment variable that its processes must not have.
     """
-    folder = None
+    folder = watch = None
     if address is None:
         own_ray.prepare()
     import ray
@@ -50,6 +51,7 @@ def cluster(*, address: str | None, cpus: int, json: bool, without: str) -> Iter
     try:
         if address is None:
             folder = own_ray.start(cpus, namespace="clipdit", log_to_driver=True)
+            watch = own_ray.Watch(folder)
         else:
             ray.init(address=address, namespace="clipdit", logging_level=logging.ERROR, log_to_driver=True)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -57,6 +59,8 @@ def cluster(*, address: str | None, cpus: int, json: bool, without: str) -> Iter
         global_worker_stdstream_dispatcher.add_handler("clipdit", printer)
         yield
     finally:
+        if watch is not None:
+            watch.close()
         ray.shutdown()
         if hidden is not None:
             os.environ[without] = hidden

@@ -8,8 +8,6 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-import psutil
-
 from clipdit_serve import own_ray
 
 logger = logging.getLogger(__name__)
@@ -51,22 +49,15 @@ class Cluster:
                 logger.warning(
                     "Ray listens on %s, because it was imported before; whoever reaches it can run programs here", host
                 )
-        self._servers = [p for p in psutil.Process().children() if p.name() in ("raylet", "gcs_server")] if self.own else []
+        self._servers = own_ray.servers() if self.own else []
         resources = ray.cluster_resources()
         self.cpus, self.gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
         logger.info("%s, %d CPUs, %d GPUs", "a Ray of our own" if self.own else f"Ray at {address}", self.cpus, self.gpus)
 
     def lost(self) -> str | None:
-        """Which process of our own Ray died, if one did. Asked often: as soon as Ray in this process needs a dead raylet, it ends
-        this process without a word."""
-        for server in self._servers:
-            try:
-                if server.status() != psutil.STATUS_ZOMBIE:
-                    continue
-            except psutil.NoSuchProcess:
-                pass
-            return f"Ray's process {server.pid} was killed"
-        return None
+        """Which process of our own Ray died, if one did. Ask often, as `own_ray.lost` says."""
+        server = own_ray.lost(self._servers)
+        return None if server is None else f"Ray's process {server.pid} was killed"
 
     def trouble(self) -> str | None:
         """Why it cannot go on, if so."""

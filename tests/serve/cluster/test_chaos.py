@@ -7,8 +7,10 @@ import re
 import statistics
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx2
+import psutil
 import pytest
 from ray_service import Outcomes, RayService, is_right, keep_asking, picture
 from serving import Running
@@ -117,3 +119,26 @@ async def test_kill_9_of_an_ingress_is_told_in_our_words_and_it_is_replaced(serv
     assert 0 < outcomes.codes[503, "model_unavailable"] <= 16
     assert outcomes.codes[503, "model_unavailable"] == before[503, "model_unavailable"]
     assert not [process for process in decoders if process.is_running()]
+
+
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+async def test_kill_9_of_what_holds_ray_together_ends_the_service_within_5_seconds(name: str, tmp_path: Path):
+    folders = set(Path("/tmp").glob("clipdit-ray-*"))
+    service = RayService(tmp_path, "--replicas", "1")
+    family = psutil.Process(service.process.pid).children(recursive=True)
+    async with service.client() as client:
+        assert (await client.get("/readyz")).status_code == 200
+        (victim,) = [process for process in family if process.name() == name]
+        victim.kill()
+        killed = time.monotonic()
+        assert await asyncio.to_thread(service.process.wait, 5) == 1
+        for_s = time.monotonic() - killed
+        with pytest.raises(httpx2.TransportError):
+            await client.get("/readyz")
+    print(f"\nended after {for_s:.1f} s")
+    _, left = psutil.wait_procs(family, timeout=5)
+    assert left == []
+    (said,) = [line for line in service.log().splitlines() if f"Ray's {name}" in line]
+    assert "start it again" in said
+    assert set(Path("/tmp").glob("clipdit-ray-*")) == folders
+    service.stop()
