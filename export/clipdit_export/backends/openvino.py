@@ -3,6 +3,7 @@
 OpenVINO takes bfloat16 by itself where the CPU has it; so a variant always says which type it was measured with.
 """
 
+import functools
 from collections import Counter, OrderedDict
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,19 @@ BATCHES_KEPT = 4
 """Compiled for so many batch sizes: a graph of one fixed shape runs faster than one that takes any, and compiles in a second."""
 PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention", "MHA"})
 TYPES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
+
+
+@functools.cache
+def core() -> Any:
+    """OpenVINO's Core of this process: one, and to the end.
+
+    Its CPU plugin gives the thread that opens it a signal stack of its own, and unmaps it with itself (`SigAltStackSetup` in
+    openvino's intel_cpu/src/plugin.cpp). Where two were open and the first one was closed first, the thread is left with a stack
+    that is unmapped, and its next signal (Ctrl-C) ends the process by SIGSEGV, without a word.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 class OpenVinoBackend(BundleBackend):
@@ -51,9 +65,7 @@ class _Graph:
     """A graph, compiled for each batch size that it is called with."""
 
     def __init__(self, path: Path, compute: str):
-        import openvino
-
-        self._core, self._model = openvino.Core(), openvino.Core().read_model(str(path))
+        self._model = core().read_model(str(path))
         self._settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": HINTS[compute],
@@ -77,7 +89,7 @@ class _Graph:
             sides = {value.any_name: list(value.partial_shape)[1:] for value in model.inputs}
             shapes = {name: [batch, *(side.get_length() for side in rest)] for name, rest in sides.items()}
             model.reshape(shapes)
-            compiled = self._core.compile_model(model, "CPU", self._settings)
+            compiled = core().compile_model(model, "CPU", self._settings)
             self._by_batch[batch] = compiled, compiled.create_infer_request()
             if len(self._by_batch) > BATCHES_KEPT:
                 self._by_batch.popitem(last=False)

@@ -172,15 +172,15 @@ class PlainOpenVinoBackend(PlainBackend):
     dtypes = (torch.bfloat16, torch.float32) if computes_bf16() else (torch.float32,)
 
     def _load(self, path: Path) -> Graph:
-        import openvino
+        from clipdit_export.backends.openvino import core
 
-        model = openvino.Core().read_model(str(path))
+        model = core().read_model(str(path))
         # by place, for a compiled model adds names: a tensor that nothing but an addition reads is called "Add", too
         read, made = [i.any_name for i in model.inputs], [o.any_name for o in model.outputs]
         settings = {"INFERENCE_NUM_THREADS": str(torch.get_num_threads())}
         if self.limits.dtype != self.dtypes[0]:
             settings["INFERENCE_PRECISION_HINT"] = "f32"
-        compiled = openvino.compile_model(model, "CPU", settings)
+        compiled = core().compile_model(model, "CPU", settings)
         request = compiled.create_infer_request()
 
         def run(given):

@@ -1,5 +1,8 @@
 """OpenVINO computes in what the variant says, by its own account, for any batch size. Skipped where it is not installed."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +51,27 @@ def test_batches_of_any_size_give_the_same_images_and_old_compilations_are_let_g
             assert (translator(SOURCES[:size], seeds=range(size)).int() - together[:size].int()).abs().max() <= 1
         step = backend.graph("32x32", "step")
         assert len(step._by_batch) == BATCHES_KEPT
+
+
+SIGNALLED = """
+import faulthandler, gc, signal, sys
+from pathlib import Path
+import torch
+from clipdit.translator import Translator
+from clipdit_export.backends.openvino import OpenVinoBackend
+faulthandler.enable()  # Python's handlers run on a stack of their own from here on, as under pytest
+opened = [Translator(OpenVinoBackend.open(Path(sys.argv[1]), variant="openvino-fp32")) for _ in range(3)]
+for translator in opened:
+    translator(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), seeds=[0], steps=1)
+while opened:
+    opened.pop(0).backend.close()
+    gc.collect()
+signal.signal(signal.SIGUSR1, lambda number, frame: print("heard"))
+signal.raise_signal(signal.SIGUSR1)
+"""
+
+
+def test_a_signal_is_heard_after_models_were_closed_in_the_order_they_were_opened(bundle: Path):
+    done = subprocess.run([sys.executable, "-P", "-c", SIGNALLED, bundle], capture_output=True, text=True, check=False)
+    assert done.returncode != -signal.SIGSEGV, "the stack that signals are handled on is unmapped"
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
