@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,32 @@ def results(plan: Plan, out: Path, failed: dict[str, str]) -> dict[str, Any]:
             rows.append({"name": name, "label": label, "role": "floor", "values": values, "of": len(floors[name]["by_image"])})
     protocol = last[0]["protocol"] if last else {}
     plain = {"format": FORMAT, **provenance(), "plan": plan.to_json(), "protocol": protocol, "failed": failed, "rows": rows}
-    plain["cost_device"] = cost["device"]
+    plain |= {"against_ours": against_ours(rows), "cost_device": cost["device"]}
     return plain
+
+
+def against_ours(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Each trained row minus ours, over seeds: name -> heading -> difference of the means, low, high.
+
+    The interval is that of Student's t at 95 %, by Welch (1947) where both have several seeds. A row of one seed is taken to vary
+    as ours does. Nothing where ours has one seed, or no seed differs from another (no sample failed, say). Intervals are of one
+    comparison each, not of all of them together."""
+    from scipy.stats import ttest_ind  # of the extra `metrics`, which the evaluations needed
+
+    ours = next((row["values"] for row in rows if row["name"] == "ours"), {})
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row["role"] in ("ours", "floor"):
+            continue
+        for heading, values in row["values"].items():
+            if values and len(ours.get(heading, ())) > 1 and (len(set(values)) > 1 or len(set(ours[heading])) > 1):
+                with warnings.catch_warnings():  # scipy warns where one of the two does not vary, which is exact here
+                    warnings.simplefilter("ignore", RuntimeWarning)
+                    test = ttest_ind(values, ours[heading], equal_var=len(values) == 1)
+                low, high = test.confidence_interval(0.95)
+                difference = statistics.mean(values) - statistics.mean(ours[heading])
+                found.setdefault(row["name"], {})[heading] = {"difference": difference, "low": float(low), "high": float(high)}
+    return found
 
 
 def _values(reports: list[dict], row: str, path: tuple[str, ...]) -> list[float]:
@@ -104,6 +129,7 @@ def markdown(plain: dict[str, Any]) -> str:
         "trained is bold. Every metric: docs/metrics.md.",
         _table(["", *shown], quality),
         "\n".join(about),
+        *_against_ours(plain, shown),
         "What it costs, to train (each seed) and to translate one image alone, pixels to pixels: median of turns (10th to 90th "
         "percentile). Parameters are of all networks that take part in a translation, operations those of PyTorch's counter.",
         _table(list(_COST), [_cost(row) for row in rows if "training" in row]),
@@ -111,6 +137,31 @@ def markdown(plain: dict[str, Any]) -> str:
     if plain["failed"]:
         parts.append("Not done: " + "; ".join(f"{name}: {reason}" for name, reason in plain["failed"].items()))
     return "\n\n".join(parts) + "\n"
+
+
+def _against_ours(plain: dict[str, Any], shown: list[str]) -> list[str]:
+    """The paragraph and the table of intervals; nothing where ours has one seed."""
+    found, labels = plain["against_ours"], {row["name"]: row["label"] for row in plain["rows"]}
+    if not found:
+        return []
+    about = (
+        "Each minus ours, with the 95 % interval over seeds (Student's t, Welch's where both have several seeds; a row of one "
+        "seed is taken to vary as ours does). Bold where the interval leaves out zero. The unseen pairs are the same for all: "
+        "how much others would change is not in it."
+    )
+    lines = []
+    for name, differences in found.items():
+        cells = []
+        for heading in shown:
+            cell = differences.get(heading)
+            cells.append(_difference(cell, COLUMNS[heading][1]) if cell else "")
+        lines.append([labels[name], *cells])
+    return [about, _table(["", *shown], lines)]
+
+
+def _difference(cell: dict[str, float], form: str) -> str:
+    text = f"{cell['difference']:+{form}} ({cell['low']:+{form}} to {cell['high']:+{form}})"
+    return f"**{text}**" if cell["low"] > 0 or cell["high"] < 0 else text
 
 
 _COST = ("", "steps trained", "images", "minutes", "parameters", "GFLOP an image", "ms an image")
