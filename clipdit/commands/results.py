@@ -17,6 +17,7 @@ def results(
     methods: list[str] | None = None,
     ablations: bool = False,
     seeds: list[int] | None = None,
+    ablation_seeds: int = 1,
     vae: str | None = None,
     clip: str | None = None,
     judge_clip: str | None = None,
@@ -41,6 +42,7 @@ def results(
         methods: what to compare; the baselines, the paper's recipe, ours and the student if not given.
         ablations: and ours with one part exchanged at a time.
         seeds: one run of each method for each; 0 if not given.
+        ablation_seeds: so many of the seeds, the first, for each ablation.
         vae: of the methods that work on latents; the preset's if not given.
         clip: likewise; "built-in" is the package's own.
         judge_clip: the CLIP that judges; `clip` if not given.
@@ -75,6 +77,7 @@ def results(
         methods=chosen,
         minutes=minutes,
         seeds=tuple(seeds or [0]),
+        ablation_seeds=ablation_seeds,
         best_of=best_of,
         limit=limit,
         clip=judge_clip,

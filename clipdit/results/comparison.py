@@ -49,6 +49,8 @@ class Plan:
     minutes: float
     """Of training for each method and seed; reading, caching and compiling for the first time included in none."""
     seeds: tuple[int, ...] = (0,)
+    ablation_seeds: int = 1
+    """So many of them, the first, for the ablations, of which there are many."""
     best_of: int = 8
     limit: int | None = None
     """Held-out pairs that are translated; None is all."""
@@ -66,8 +68,13 @@ class Plan:
                 raise ValueError(f"{name} learns from {teacher}, which is not among the methods; add it")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds are {list(self.seeds)}; wanted different numbers from 0 on, at least one")
+        if not 1 <= self.ablation_seeds <= len(self.seeds):
+            raise ValueError(f"ablation_seeds is {self.ablation_seeds}; wanted 1 to the number of seeds, {len(self.seeds)}")
         if not self.minutes > 0:
             raise ValueError(f"minutes is {self.minutes}; wanted more than 0")
+
+    def seeds_of(self, method: str) -> tuple[int, ...]:
+        return self.seeds[: self.ablation_seeds] if METHODS[method].role == "ablation" else self.seeds
 
     def to_json(self) -> dict:
         """What makes two comparisons the same. The folder of the data by its name: where it lies changes nothing."""
@@ -116,7 +123,7 @@ def compare(plan: Plan, out: Path, *, device: str | None = None) -> dict[str, st
     _check_finished(plan, out)
     failed: dict[str, str] = {}
     for seed in plan.seeds:  # a seed of every method before the second of any: what is there early can be compared
-        for name in plan.methods:
+        for name in (name for name in plan.methods if seed in plan.seeds_of(name)):
             try:
                 _train(plan, name, seed, out)
                 for variant in variants(plan):
@@ -153,7 +160,7 @@ def _claim(plan: Plan, out: Path) -> None:
         now = wanted | {"base": flat(wanted["base"])}
         for name in now:
             # more methods and seeds may come to what is there
-            if name not in ("methods", "seeds") and before.get(name) != now[name]:
+            if name not in ("methods", "seeds", "ablation_seeds") and before.get(name) != now[name]:
                 raise ValueError(f"{out} is a comparison with another setting of {name}; give a new folder, or take its settings")
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is there already and holds no {PLAN_FILE}; give a new or empty folder")
@@ -277,7 +284,7 @@ def _measure_cost(plan: Plan, out: Path, device: str | None) -> None:
 def evaluations(plan: Plan, out: Path) -> Iterator[tuple[Variant, list[dict]]]:
     """What was found of each variant, a report a seed; those that were not evaluated are left out."""
     for variant in variants(plan):
-        files = [evaluation_file(out, variant, seed) for seed in plan.seeds]
+        files = [evaluation_file(out, variant, seed) for seed in plan.seeds_of(variant.method)]
         reports = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
         if reports:
             yield variant, reports

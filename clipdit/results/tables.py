@@ -8,7 +8,7 @@ from typing import Any
 
 from clipdit.experiment import EXPERIMENT_FILE
 from clipdit.provenance import provenance
-from clipdit.results.comparison import Plan, Variant, evaluations, run_folder
+from clipdit.results.comparison import Plan, Variant, evaluation_file, evaluations, run_folder
 from clipdit.results.cost import read as cost_in
 from clipdit.results.methods import METHODS
 from clipdit.train.state import read_progress
@@ -50,7 +50,7 @@ def results(plan: Plan, out: Path, failed: dict[str, str]) -> dict[str, Any]:
         last = reports
         floors |= {name: reports[0] for name in FLOORS if name in reports[0]["rows"]}
         row: dict[str, Any] = {"name": variant.name, "label": variant.label, "role": METHODS[variant.method].role}
-        row |= {"about": METHODS[variant.method].about, "training": [_training(plan, variant, s, out) for s in plan.seeds]}
+        row |= {"about": METHODS[variant.method].about, "training": _trainings(plan, variant, out)}
         row["cost"] = cost["cost"].get(variant.name)
         row["values"] = {heading: _values(reports, "model", path) for heading, (path, _, _) in COLUMNS.items()}
         row["of"] = reports[0]["rows"]["model"]["failures"]["of"]
@@ -101,8 +101,13 @@ def _values(reports: list[dict], row: str, path: tuple[str, ...]) -> list[float]
     return found
 
 
-def _training(plan: Plan, variant: Variant, seed: int, out: Path) -> dict[str, float]:
-    """How far the run came. Its time is that of steps: what is read and cached before counts for none."""
+def _trainings(plan: Plan, variant: Variant, out: Path) -> list[dict[str, float]]:
+    """How far the runs came. Their time is that of steps: what is read and cached before counts for none."""
+    done = (seed for seed in plan.seeds_of(variant.method) if evaluation_file(out, variant, seed).exists())
+    return [_training(variant, seed, out) for seed in done]
+
+
+def _training(variant: Variant, seed: int, out: Path) -> dict[str, float]:
     folder = run_folder(out, variant.method, seed)
     progress = read_progress(folder)
     batch = json.loads((folder / EXPERIMENT_FILE).read_text(encoding="utf-8"))["train"]["batch_size"]
@@ -122,6 +127,8 @@ def markdown(plain: dict[str, Any]) -> str:
     size = protocol.get("size_px", ["?", "?"])
     about = [f"- **{row['label']}**: {row['about']}" for row in rows if row["name"] in METHODS]
     spread = "mean ± standard deviation over seeds" if len(seeds) > 1 else "one seed, so without an interval"
+    if len(seeds) > (fewer := plan["ablation_seeds"]) and any(row["role"] == "ablation" for row in rows):
+        spread += "; ablations of the first alone" if fewer == 1 else f"; ablations of the first {fewer}"
     parts = [
         f"# {plan['data']}: the comparison",
         f"{plan['minutes']:g} minutes of training each on {machine}, {protocol.get('pairs', '?')} unseen pairs at {size[1]} x "

@@ -21,7 +21,7 @@ from clipdit.results import comparison
 from clipdit.results.comparison import Plan, Variant, compare, evaluation_file, evaluations, experiment_of, run_folder, variants
 from clipdit.results.figures import draw_all
 from clipdit.results.methods import MAIN, METHODS, Method
-from clipdit.results.tables import COLUMNS, markdown, results
+from clipdit.results.tables import markdown, results
 from clipdit.train.adversarial import AdversarySettings, UNetSettings
 
 
@@ -198,26 +198,17 @@ def test_what_fails_is_said_and_the_others_go_on(small, tiny_experiment, pairs, 
     assert "Not done: concat, seed 0: " in markdown(results(plan, tmp_path / "results", failed))
 
 
-def test_seeds_become_an_interval_and_the_best_is_bold():
-    def row(name: str, kid: list[float], psnr: list[float], role: str = "ours") -> dict:
-        values = {heading: [] for heading in COLUMNS} | {"KID": kid, "PSNR": psnr}
-        made = {"name": name, "label": name, "role": role, "values": values, "of": 8}
-        if role == "floor":
-            return made
-        runs = [{"steps": steps, "images": 2 * steps, "minutes": 0.96} for steps in (1000, 1010)]
-        time = {"median": 12.3, "low": 11.8, "high": 20.0}
-        cost = {"parameters": 7_500_000, "gflop_per_image": 38.44, "ms_per_image": time} if name == "a" else None
-        return made | {"about": "", "training": runs, "cost": cost}
-
-    rows = [row("a", [0.1, 0.3], [14.0, 14.0]), row("b", [0.4, 0.4], [15.0, 17.0]), row("real", [0.0], [], role="floor")]
-    plan = {"seeds": [0, 1], "data": "x", "minutes": 1, "best_of": 2}
-    machine = {"gpus": [], "cpu": "c", "cores": 2}
-    text = markdown({"plan": plan, "rows": rows, "hardware": machine, "protocol": {}, "failed": {}})
-    assert "| a | **0.200 ± 0.141** | 14.0 ± 0.0 |" in text
-    assert "| b | 0.400 ± 0.000 | **16.0 ± 1.4** |" in text
-    assert "| a | 1,000 / 1,010 | 2,000 / 2,020 | 1.0 / 1.0 | 7.5 M | 38.4 | 12 (12 to 20) |" in text
-    assert "| b | 1,000 / 1,010 | 2,000 / 2,020 | 1.0 / 1.0 |  |  |  |" in text
-    assert text.count("| real |") == 1 and "| real | 0.000 |" in text and "standard deviation over seeds" in text
+def test_ablations_are_of_the_first_seeds_alone(tmp_path, monkeypatch):
+    done: list[tuple[str, int]] = []
+    monkeypatch.setattr(comparison, "_train", lambda plan, name, seed, out: done.append((name, seed)))
+    monkeypatch.setattr(comparison, "_evaluate", lambda *_: None)
+    monkeypatch.setattr(comparison, "_measure_cost", lambda *_: None)
+    plan = plan_of(edges2emoji(), tmp_path, "ours", "concat", seeds=(5, 6, 7))
+    assert compare(plan, tmp_path / "one") == {}
+    assert done == [("ours", 5), ("concat", 5), ("ours", 6), ("ours", 7)]
+    done.clear()
+    assert compare(replace(plan, ablation_seeds=2), tmp_path / "one") == {}, "more seeds come to what is there"
+    assert done == [("ours", 5), ("concat", 5), ("ours", 6), ("concat", 6), ("ours", 7)]
 
 
 @pytest.mark.parametrize(
@@ -228,6 +219,7 @@ def test_seeds_become_an_interval_and_the_best_is_bold():
         ({"methods": ("student",)}, "learns from ours"),
         ({"seeds": (1, 1)}, "seeds are"),
         ({"minutes": 0.0}, "minutes is 0"),
+        ({"seeds": (0, 1), "ablation_seeds": 3}, "ablation_seeds is 3; wanted 1 to the number of seeds, 2"),
     ],
 )
 def test_plans_that_cannot_be(changes, message, tmp_path):

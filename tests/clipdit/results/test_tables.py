@@ -52,8 +52,36 @@ def test_where_no_seed_differs_there_is_no_interval():
 def test_intervals_are_printed_and_what_leaves_out_zero_is_bold():
     rows = [row("pix2pix", "baseline", KID=[0.20, 0.24, 0.22], PSNR=[13.4, 13.6, 13.5]), OURS]
     hardware = {"cpu": "a CPU", "cores": 2, "gpus": []}
-    plain = {"plan": {"seeds": [0, 1, 2], "data": "pairs", "minutes": 8, "best_of": 8}, "rows": rows, "protocol": {}}
+    plan = {"seeds": [0, 1, 2], "ablation_seeds": 1, "data": "pairs", "minutes": 8, "best_of": 8}
+    plain = {"plan": plan, "rows": rows, "protocol": {}}
     text = markdown(plain | {"hardware": hardware, "failed": {}, "against_ours": against_ours(rows)})
     assert "| **+0.110 (+0.068 to +0.152)** | +0.0 (-1.2 to +1.2) |" in text
     assert "| 0.220 ± 0.020 | **13.5 ± 0.1** |" in text
     assert "95 % interval" not in markdown(plain | {"hardware": hardware, "failed": {}, "against_ours": {}})
+    assert "ablations" not in text
+    one = [*rows, row("concat", "ablation", KID=[0.2])]
+    assert "over seeds; ablations of the first alone." in markdown(
+        plain | {"rows": one, "hardware": hardware, "failed": {}, "against_ours": against_ours(one)}
+    )
+
+
+def test_seeds_become_an_interval_and_the_best_is_bold():
+    def row(name: str, kid: list[float], psnr: list[float], role: str = "ours") -> dict:
+        values = {heading: [] for heading in COLUMNS} | {"KID": kid, "PSNR": psnr}
+        made = {"name": name, "label": name, "role": role, "values": values, "of": 8}
+        if role == "floor":
+            return made
+        runs = [{"steps": steps, "images": 2 * steps, "minutes": 0.96} for steps in (1000, 1010)]
+        time = {"median": 12.3, "low": 11.8, "high": 20.0}
+        cost = {"parameters": 7_500_000, "gflop_per_image": 38.44, "ms_per_image": time} if name == "a" else None
+        return made | {"about": "", "training": runs, "cost": cost}
+
+    rows = [row("a", [0.1, 0.3], [14.0, 14.0]), row("b", [0.4, 0.4], [15.0, 17.0]), row("real", [0.0], [], role="floor")]
+    plan = {"seeds": [0, 1], "ablation_seeds": 1, "data": "x", "minutes": 1, "best_of": 2}
+    machine = {"gpus": [], "cpu": "c", "cores": 2}
+    text = markdown({"plan": plan, "rows": rows, "hardware": machine, "protocol": {}, "failed": {}, "against_ours": {}})
+    assert "| a | **0.200 ± 0.141** | 14.0 ± 0.0 |" in text
+    assert "| b | 0.400 ± 0.000 | **16.0 ± 1.4** |" in text
+    assert "| a | 1,000 / 1,010 | 2,000 / 2,020 | 1.0 / 1.0 | 7.5 M | 38.4 | 12 (12 to 20) |" in text
+    assert "| b | 1,000 / 1,010 | 2,000 / 2,020 | 1.0 / 1.0 |  |  |  |" in text
+    assert text.count("| real |") == 1 and "| real | 0.000 |" in text and "standard deviation over seeds" in text
